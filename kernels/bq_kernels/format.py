@@ -1,0 +1,221 @@
+"""The checkpoint format, version 1: what `quantization_config` may say and which tensors a layer has.
+
+This file is the only place that knows the schema. Calibration writes through it, every loader reads through it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "butterfly"
+BITS = (2, 3, 4)
+ZERO_POINTS = ("midrise", "float")
+ROTATION_KINDS = ("butterfly", "hadamard", "none")
+GROUP_MULTIPLE = 32  # 32 codes fill whole int32 words for 2, 3 and 4 bits alike
+PER_CHANNEL = -1
+
+
+class FormatError(ValueError):
+    """A checkpoint, config or tensor breaks the format; the message names it and says what was expected."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype that a stored tensor must have."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def check(self, name: str, tensor: torch.Tensor) -> None:
+        """Refuse `tensor` unless it has this shape and dtype and, if it holds floats, only finite ones.
+
+        Raises:
+            FormatError: naming the tensor and what was expected.
+        """
+        if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
+            raise FormatError(
+                f"{name}: expected {self.dtype} {list(self.shape)}, found {tensor.dtype} {list(tensor.shape)}"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"{name}: holds NaN or infinity; the checkpoint is damaged, write or download it again")
+
+
+def split_block(block_size: int) -> tuple[int, int]:
+    """Write a block size as b = 2ᵏ·m with m odd; returns (k, m).
+
+    Raises:
+        FormatError: if `block_size` is not a positive integer.
+    """
+    if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
+        raise FormatError(f"rotation block size must be a positive integer, not {block_size!r}")
+    k = (block_size & -block_size).bit_length() - 1
+    return k, block_size >> k
+
+
+def num_angles(block_size: int) -> int:
+    """Angles of one rotation block: k·b/2 of the butterfly layers, then m(m−1)/2 across the runs."""
+    k, m = split_block(block_size)
+    return k * block_size // 2 + m * (m - 1) // 2
+
+
+def _reject_unknown_keys(what: str, data: dict[str, Any], allowed: set[str]) -> None:
+    unknown = sorted(set(data) - allowed)
+    if unknown:
+        raise FormatError(
+            f"{what}: unknown key {unknown[0]!r}; known are {sorted(allowed)}. "
+            "The checkpoint may need a newer version of this software."
+        )
+
+
+@dataclass(frozen=True)
+class RotationConfig:
+    """Kind of rotation and its block size by module name (the last part of the name, or `default`)."""
+
+    kind: str = "butterfly"
+    block_size: dict[str, int] = field(default_factory=lambda: {"default": 64})
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROTATION_KINDS:
+            raise FormatError(f"rotation.kind: expected one of {list(ROTATION_KINDS)}, found {self.kind!r}")
+        if self.kind == "none":
+            return
+        if not isinstance(self.block_size, dict) or "default" not in self.block_size:
+            raise FormatError(f"rotation.block_size: expected a table with a 'default', found {self.block_size!r}")
+        for size in self.block_size.values():
+            split_block(size)
+
+    def block(self, module: str) -> int:
+        """Block size for a module, by the last part of its (dotted) name."""
+        return self.block_size.get(module.rsplit(".", 1)[-1], self.block_size["default"])
+
+    @classmethod
+    def from_dict(cls, data: Any) -> RotationConfig:
+        """Parse the `rotation` table, refusing unknown keys.
+
+        Raises:
+            FormatError: on an unknown key or value.
+        """
+        if not isinstance(data, dict):
+            raise FormatError(f"rotation: expected a table, found {data!r}")
+        _reject_unknown_keys("rotation", data, {"kind", "block_size"})
+        if "kind" not in data:
+            raise FormatError("rotation.kind is missing")
+        if data["kind"] != "none" and "block_size" not in data:
+            raise FormatError("rotation.block_size is missing")
+        return cls(data["kind"], data.get("block_size", {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as it stands in config.json."""
+        return {"kind": self.kind} | ({"block_size": dict(self.block_size)} if self.kind != "none" else {})
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """`quantization_config` of config.json (format version 1).
+
+    Raises:
+        FormatError: from the constructor, when a value is not one the format knows.
+    """
+
+    bits: int = 2
+    group_size: int = 64
+    zero_point: str = "midrise"
+    rotation: RotationConfig = field(default_factory=RotationConfig)
+    modules_to_not_convert: tuple[str, ...] = ("lm_head",)
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS or isinstance(self.bits, bool):
+            raise FormatError(f"bits: expected one of {list(BITS)}, found {self.bits!r}")
+        if self.zero_point not in ZERO_POINTS:
+            raise FormatError(f"zero_point: expected one of {list(ZERO_POINTS)}, found {self.zero_point!r}")
+        size = self.group_size
+        if not isinstance(size, int) or (size != PER_CHANNEL and (size < GROUP_MULTIPLE or size % GROUP_MULTIPLE)):
+            raise FormatError(
+                f"group_size: expected a multiple of {GROUP_MULTIPLE}, or {PER_CHANNEL} for one group a row, "
+                f"found {size!r}"
+            )
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> QuantConfig:
+        """Parse `quantization_config`, refusing what version 1 does not know.
+
+        Raises:
+            FormatError: naming the key, what was found and what was expected.
+        """
+        names = {f.name for f in dataclasses.fields(cls)}
+        _reject_unknown_keys("quantization_config", data, names | {"quant_method", "format_version"})
+        if data.get("quant_method") != QUANT_METHOD:
+            raise FormatError(f"quant_method: expected {QUANT_METHOD!r}, found {data.get('quant_method')!r}")
+        if data.get("format_version") != FORMAT_VERSION:
+            raise FormatError(
+                f"format_version: this software reads version {FORMAT_VERSION}, "
+                f"the checkpoint says {data.get('format_version')!r}"
+            )
+        for name in ("bits", "group_size", "zero_point", "rotation"):
+            if name not in data:
+                raise FormatError(f"quantization_config.{name} is missing")
+        skip = data.get("modules_to_not_convert", [])
+        if not isinstance(skip, (list, tuple)) or not all(isinstance(s, str) for s in skip):
+            raise FormatError(f"modules_to_not_convert: expected a list of names, found {skip!r}")
+        return cls(
+            bits=data["bits"],
+            group_size=data["group_size"],
+            zero_point=data["zero_point"],
+            rotation=RotationConfig.from_dict(data["rotation"]),
+            modules_to_not_convert=tuple(skip),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as it stands in config.json."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "zero_point": self.zero_point,
+            "rotation": self.rotation.to_dict(),
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+        }
+
+    def group(self, in_features: int) -> int:
+        """Columns that share a scale in a layer with `in_features` inputs."""
+        return in_features if self.group_size == PER_CHANNEL else self.group_size
+
+    def tensors(self, module: str, in_features: int, out_features: int) -> dict[str, TensorSpec]:
+        """The tensors that a quantized linear layer stores, by suffix.
+
+        Args:
+            module: full name of the layer; its last part selects the rotation block size.
+            in_features: K, columns of the weight.
+            out_features: N, rows of the weight.
+
+        Raises:
+            FormatError: if the group or the rotation block does not divide K.
+        """
+        group = self.group(in_features)
+        if in_features % group or in_features % GROUP_MULTIPLE:
+            raise FormatError(
+                f"{module}: {in_features} input features cannot be cut into groups of {group} "
+                f"(multiples of {GROUP_MULTIPLE}); choose a group size that divides {in_features}"
+            )
+        groups = (out_features, in_features // group)
+        specs = {
+            "qweight": TensorSpec((out_features, in_features * self.bits // 32), torch.int32),
+            "scales": TensorSpec(groups, torch.float16),
+        }
+        if self.zero_point == "float":
+            specs["zeros"] = TensorSpec(groups, torch.float16)
+        if self.rotation.kind != "none":
+            block = self.rotation.block(module)
+            if in_features % block:
+                raise FormatError(
+                    f"{module}: rotation block size {block} does not divide its {in_features} input features"
+                )
+            if self.rotation.kind == "butterfly":
+                specs["angles"] = TensorSpec((in_features // block, num_angles(block)), torch.float16)
+        return specs

@@ -1,0 +1,75 @@
+"""One `torch.library` operator each for the rotation and the packed linear; the device picks the implementation.
+
+On CUDA and ROCm tensors the operators run the Triton kernels. On CPU tensors they run the torch reference, unless
+TRITON_INTERPRET=1 asks Triton to interpret its kernels on the CPU. Operators are opaque to torch.compile and safe
+inside CUDA graphs: no host synchronisation, no allocation that depends on data.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from . import reference
+
+_LIBRARY = torch.library.Library("bq", "DEF")
+_LIBRARY.define("rotate(Tensor x, Tensor cos_sin, Tensor mix) -> Tensor")
+_LIBRARY.define("packed_linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias) -> Tensor")
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on CPU tensors in this process (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _rotate_triton(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+    from .triton_rotate import apply_rotation  # triton is imported only where its kernels run
+
+    return apply_rotation(x, cos_sin, mix)
+
+
+def _packed_linear_triton(x, qweight, scales, zeros, bias) -> torch.Tensor:
+    from .triton_linear import packed_linear
+
+    return packed_linear(x, qweight, scales, zeros, bias)
+
+
+def _rotate_cpu(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+    return (_rotate_triton if interpreted() else reference.apply_rotation)(x, cos_sin, mix)
+
+
+def _packed_linear_cpu(x, qweight, scales, zeros, bias) -> torch.Tensor:
+    return (_packed_linear_triton if interpreted() else reference.packed_linear)(x, qweight, scales, zeros, bias)
+
+
+_LIBRARY.impl("rotate", _rotate_cpu, "CPU")
+_LIBRARY.impl("rotate", _rotate_triton, "CUDA")
+_LIBRARY.impl("packed_linear", _packed_linear_cpu, "CPU")
+_LIBRARY.impl("packed_linear", _packed_linear_triton, "CUDA")
+
+
+@torch.library.register_fake("bq::rotate")
+def _(x, cos_sin, mix):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("bq::packed_linear")
+def _(x, qweight, scales, zeros, bias):
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+def rotate(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+    """Q x by the tables of `reference.givens_tables`; arguments as `reference.apply_rotation`. Inference only."""
+    return torch.ops.bq.rotate(x, cos_sin, mix)
+
+
+def packed_linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """W′ x + bias from packed weights; arguments as `reference.packed_linear`. Inference only."""
+    return torch.ops.bq.packed_linear(x, qweight, scales, zeros, bias)

@@ -1,0 +1,174 @@
+"""Rotation and packed linear in plain, differentiable torch: the oracle that every kernel is tested against.
+
+Method: ButterflyQuant (arXiv 2509.09679). y = W x = (W Qᵀ)(Q x) with Q a butterfly of Givens rotations.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .format import num_angles, split_block
+from .packing import unpack
+
+
+def hadamard_angles(features: int, block_size: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """Angles of the Hadamard transform (up to signs): θ = π/4 in every butterfly layer, φ = 0 across runs.
+
+    Returns:
+        float32 [features/block_size, num_angles(block_size)].
+    """
+    k, _ = split_block(block_size)
+    angles = torch.zeros(features // block_size, num_angles(block_size), device=device)
+    angles[:, : k * block_size // 2] = math.pi / 4
+    return angles
+
+
+def givens_tables(angles: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Angles in the form in which a rotation is applied: cosines, sines, and one m×m matrix across the runs.
+
+    Args:
+        angles: [B, num_angles(block_size)], any float dtype, one row per block.
+        block_size: b = 2ᵏ·m with m odd.
+
+    Returns:
+        cos_sin: float32 [B, 2, k, b/2], cosines then sines of every layer, pairs by ascending first index.
+        mix: float32 [B, m, m], the product of the rotations across runs (1×1 ones when m = 1).
+
+    Raises:
+        ValueError: if `angles` has the wrong number of columns.
+    """
+    k, m = split_block(block_size)
+    if angles.dim() != 2 or angles.shape[1] != num_angles(block_size):
+        raise ValueError(
+            f"expected angles [blocks, {num_angles(block_size)}] for block size {block_size}, got {list(angles.shape)}"
+        )
+    angles = angles.float()
+    blocks, butterflies = angles.shape[0], k * block_size // 2
+    theta = angles[:, :butterflies].reshape(blocks, k, block_size // 2 if k else 0)
+    cos_sin = torch.stack((theta.cos(), theta.sin()), dim=1)
+    cos, sin = angles[:, butterflies:].cos(), angles[:, butterflies:].sin()
+    rows = list(torch.eye(m, device=angles.device).expand(blocks, m, m).unbind(1))
+    pair = 0
+    for r in range(m):
+        for s in range(r + 1, m):
+            c, t = cos[:, pair, None], sin[:, pair, None]
+            rows[r], rows[s] = c * rows[r] - t * rows[s], t * rows[r] + c * rows[s]
+            pair += 1
+    return cos_sin, torch.stack(rows, dim=1)
+
+
+def apply_rotation(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+    """Rotate features by tables from `givens_tables`; float32 inside.
+
+    Args:
+        x: [..., n], any float dtype; n = B·b.
+        cos_sin: float32 [B, 2, k, b/2].
+        mix: float32 [B, m, m].
+
+    Returns:
+        Q x, shape and dtype of `x`.
+    """
+    blocks, _, k, _ = cos_sin.shape
+    m = mix.shape[-1]
+    y = x.reshape(-1, blocks, m << k).float()
+    rows = y.shape[0]
+    for j in range(k):
+        low, high = y.reshape(rows, blocks, -1, 2, 1 << j).unbind(3)
+        cos, sin = cos_sin[:, :, j].reshape(blocks, 2, -1, 1 << j).unbind(1)
+        y = torch.stack((cos * low - sin * high, sin * low + cos * high), dim=3)
+    if m > 1:
+        y = torch.einsum("brs,tbsc->tbrc", mix, y.reshape(rows, blocks, m, 1 << k))
+    return y.reshape(x.shape).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, angles: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Apply a block-diagonal butterfly: every row x of the input becomes Q x. Differentiable in both arguments.
+
+    Args:
+        x: [..., n] with n a multiple of `block_size`.
+        angles: [n/block_size, num_angles(block_size)].
+        block_size: features that mix with each other; n itself is the paper's full-width transform.
+
+    Returns:
+        [..., n] in the dtype of `x`.
+    """
+    return apply_rotation(x, *givens_tables(angles, block_size))
+
+
+def unrotate(x: torch.Tensor, angles: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Inverse of `rotate`: every row x of the input becomes Qᵀ x. Folds a rotation back into a dense weight."""
+    cos_sin, mix = givens_tables(angles, block_size)
+    blocks, _, k, _ = cos_sin.shape
+    m = mix.shape[-1]
+    y = x.reshape(-1, blocks, m, 1 << k).float()
+    rows = y.shape[0]
+    if m > 1:
+        y = torch.einsum("bsr,tbsc->tbrc", mix, y)
+    for j in reversed(range(k)):
+        low, high = y.reshape(rows, blocks, -1, 2, 1 << j).unbind(3)
+        cos, sin = cos_sin[:, :, j].reshape(blocks, 2, -1, 1 << j).unbind(1)
+        y = torch.stack((cos * low + sin * high, cos * high - sin * low), dim=3)
+    return y.reshape(x.shape).to(x.dtype)
+
+
+def layout_of(qweight: torch.Tensor, scales: torch.Tensor, in_features: int) -> tuple[int, int]:
+    """Bits and group size that the shapes of a packed layer imply.
+
+    Raises:
+        ValueError: if no supported layout fits the shapes.
+    """
+    bits, rest = divmod(qweight.shape[-1] * 32, in_features)
+    if rest or bits not in (2, 3, 4) or scales.shape[-1] == 0 or in_features % scales.shape[-1]:
+        raise ValueError(
+            f"qweight {list(qweight.shape)} and scales {list(scales.shape)} do not fit {in_features} input features"
+        )
+    return bits, in_features // scales.shape[-1]
+
+
+def dequantize(
+    qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, in_features: int
+) -> torch.Tensor:
+    """W′ = s·(q − z) in float32 [N, K]; z = (2^bits − 1)/2 when `zeros` is None (mid-rise)."""
+    bits, group = layout_of(qweight, scales, in_features)
+    codes = unpack(qweight, bits).float().unflatten(-1, (-1, group))
+    zero = (2**bits - 1) / 2 if zeros is None else zeros.float().unsqueeze(-1)
+    return (scales.float().unsqueeze(-1) * (codes - zero)).flatten(-2)
+
+
+def packed_linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = W′ x + bias with packed weights and input that is already rotated; float32 inside.
+
+    Args:
+        x: [..., K], any float dtype.
+        qweight: int32 [N, K·bits/32].
+        scales: float16 [N, K/group].
+        zeros: float16 [N, K/group], or None for mid-rise levels.
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in the dtype of `x`.
+    """
+    weight = dequantize(qweight, scales, zeros, x.shape[-1])
+    return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def dense_weight(
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    angles: torch.Tensor | None,
+    block_size: int,
+    in_features: int,
+) -> torch.Tensor:
+    """W = W′ Q, the float32 [N, K] matrix that acts on unrotated input; `angles` None means no rotation."""
+    weight = dequantize(qweight, scales, zeros, in_features)
+    return weight if angles is None else unrotate(weight, angles, block_size)
