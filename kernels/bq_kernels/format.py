@@ -129,7 +129,7 @@ class QuantConfig:
     modules_to_not_convert: tuple[str, ...] = ("lm_head",)
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or isinstance(self.bits, bool):
+        if self.bits not in BITS or not isinstance(self.bits, int):  # 2.0 is in BITS
             raise FormatError(f"bits: expected one of {list(BITS)}, found {self.bits!r}")
         if self.zero_point not in ZERO_POINTS:
             raise FormatError(f"zero_point: expected one of {list(ZERO_POINTS)}, found {self.zero_point!r}")

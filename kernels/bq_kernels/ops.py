@@ -35,12 +35,21 @@ def _packed_linear_triton(x, qweight, scales, zeros, bias) -> torch.Tensor:
     return packed_linear(x, qweight, scales, zeros, bias)
 
 
+def _interpret(kernel, x: torch.Tensor, *tables) -> torch.Tensor:
+    # Triton's interpreter multiplies the bit patterns of bfloat16
+    return kernel(x.float() if x.dtype == torch.bfloat16 else x, *tables).to(x.dtype)
+
+
 def _rotate_cpu(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    return (_rotate_triton if interpreted() else reference.apply_rotation)(x, cos_sin, mix)
+    if interpreted():
+        return _interpret(_rotate_triton, x, cos_sin, mix)
+    return reference.apply_rotation(x, cos_sin, mix)
 
 
 def _packed_linear_cpu(x, qweight, scales, zeros, bias) -> torch.Tensor:
-    return (_packed_linear_triton if interpreted() else reference.packed_linear)(x, qweight, scales, zeros, bias)
+    if interpreted():
+        return _interpret(_packed_linear_triton, x, qweight, scales, zeros, bias)
+    return reference.packed_linear(x, qweight, scales, zeros, bias)
 
 
 _LIBRARY.impl("rotate", _rotate_cpu, "CPU")

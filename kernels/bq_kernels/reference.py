@@ -73,10 +73,11 @@ def apply_rotation(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) ->
     """
     blocks, _, k, _ = cos_sin.shape
     m = mix.shape[-1]
-    y = x.reshape(-1, blocks, m << k).float()
+    # copied, for as an operator it must not return its argument, not even where Q is the identity (b = 1)
+    y = x.reshape(-1, blocks, m << k).to(torch.float32, copy=True)
     rows = y.shape[0]
     for j in range(k):
-        low, high = y.reshape(rows, blocks, -1, 2, 1 << j).unbind(3)
+        low, high = y.reshape(rows, blocks, m << (k - 1 - j), 2, 1 << j).unbind(3)
         cos, sin = cos_sin[:, :, j].reshape(blocks, 2, -1, 1 << j).unbind(1)
         y = torch.stack((cos * low - sin * high, sin * low + cos * high), dim=3)
     if m > 1:
@@ -108,7 +109,7 @@ def unrotate(x: torch.Tensor, angles: torch.Tensor, block_size: int) -> torch.Te
     if m > 1:
         y = torch.einsum("bsr,tbsc->tbrc", mix, y)
     for j in reversed(range(k)):
-        low, high = y.reshape(rows, blocks, -1, 2, 1 << j).unbind(3)
+        low, high = y.reshape(rows, blocks, m << (k - 1 - j), 2, 1 << j).unbind(3)
         cos, sin = cos_sin[:, :, j].reshape(blocks, 2, -1, 1 << j).unbind(1)
         y = torch.stack((cos * low + sin * high, cos * high - sin * low), dim=3)
     return y.reshape(x.shape).to(x.dtype)

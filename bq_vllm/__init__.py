@@ -1,0 +1,27 @@
+"""vLLM plugin for butterfly-quantized checkpoints. Importing it imports neither vLLM nor torch."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Make `--quantization butterfly` known to vLLM: the entry point of group `vllm.general_plugins`.
+
+    vLLM calls it in the API server, in the engine and in every worker; an exception here would stop vLLM for every
+    model, so what goes wrong is logged. Calling it again changes nothing.
+    """
+    try:
+        from bq_kernels.format import QUANT_METHOD
+        from vllm.model_executor.layers.quantization import register_quantization_config
+
+        from .config import BACKEND_VARIABLE, ButterflyConfig, chosen_backend
+
+        register_quantization_config(QUANT_METHOD)(ButterflyConfig)
+
+        # vLLM keys its cache of compiled graphs by the variables that it knows: make it know ours
+        from vllm.envs import environment_variables
+
+        environment_variables[BACKEND_VARIABLE] = chosen_backend
+    except Exception:
+        import logging
+
+        logging.getLogger("vllm.bq_vllm").exception("quantization 'butterfly' is not available: the plugin failed")

@@ -1,0 +1,136 @@
+"""What vLLM asks a quantization about: which layers it covers, and how their weights are handled."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bq_kernels.format import QUANT_METHOD, FormatError, QuantConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+BACKEND_VARIABLE = "BQ_VLLM_BACKEND"
+
+
+def chosen_backend() -> str:
+    """The backend that the environment asks for; empty where the platform shall decide."""
+    return os.environ.get(BACKEND_VARIABLE, "")
+
+
+def check_shards(directory: Path) -> None:
+    """Refuse a local checkpoint with a damaged or missing safetensors file; vLLM's own error names no file.
+
+    Raises:
+        FormatError: naming the file.
+    """
+    for index in directory.glob("*.safetensors.index.json"):
+        for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            if not (directory / name).is_file():
+                raise FormatError(f"{directory / name}: missing, though {index.name} lists it")
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            data = 8 + int.from_bytes(file.read(8), "little")
+            try:
+                if data > size:
+                    raise ValueError("the header goes beyond the end")
+                tensors = [entry for name, entry in json.loads(file.read(data - 8)).items() if name != "__metadata__"]
+                expected = data + max((entry["data_offsets"][1] for entry in tensors), default=0)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise FormatError(f"{path}: not a whole safetensors file; download it again") from None
+        if size != expected:
+            raise FormatError(f"{path}: damaged, {size} bytes of {expected}; download it again")
+
+
+class ButterflyConfig(QuantizationConfig):
+    """`quantization_config` of a checkpoint as vLLM sees it.
+
+    Args:
+        quant: the parsed table.
+    """
+
+    def __init__(self, quant: QuantConfig) -> None:
+        super().__init__()
+        self.quant = quant
+
+    def get_name(self) -> str:
+        """The name behind `--quantization`."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Activation dtypes that the kernels take."""
+        return [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere: what Triton's kernels need on CUDA."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """A file that no model has: then vLLM says clearly that a model without `quantization_config` has no config."""
+        return ["butterfly_quantization_config.json"]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ButterflyConfig:
+        """Parse `quantization_config`.
+
+        Raises:
+            FormatError: on anything that format version 1 does not know.
+        """
+        return cls(QuantConfig.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, *args, **kwargs) -> None:
+        """Nothing to update, but the first place that knows the checkpoint: refuses damaged files by name."""
+        check_shards(Path(model_name))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+        """Rename the skipped modules as vLLM renames the model's."""
+        names = hf_to_vllm_mapper.apply_list(list(self.quant.modules_to_not_convert))
+        self.quant = replace(self.quant, modules_to_not_convert=tuple(names))
+
+    def is_skipped(self, module: str) -> bool:
+        """Whether `modules_to_not_convert` holds the module, its last part, or something that it is inside of."""
+        return any(f".{name}." in f".{module}." for name in self.quant.modules_to_not_convert)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Method for a layer; None, vLLM's default, for attention and embeddings.
+
+        Raises:
+            FormatError: for experts, and for fused layers whose parts the checkpoint treats differently.
+        """
+        # here, since vLLM imports the config before it wants torch.compile to be touched
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from .linear import ButterflyLinearMethod
+
+        # by name: the class moved and changed its name within the supported versions
+        if {"FusedMoE", "RoutedExperts"} & {base.__name__ for base in type(layer).__mro__}:
+            if self.is_skipped(prefix):
+                return None
+            raise FormatError(
+                f"{prefix}: experts cannot be quantized with {QUANT_METHOD!r} yet; "
+                "list them in modules_to_not_convert and store them unquantized"
+            )
+        if not isinstance(layer, LinearBase):
+            return None
+
+        parent, _, last = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(last, [last])
+        modules = [f"{parent}.{part}" if parent else part for part in parts]
+        skipped = [self.is_skipped(module) for module in modules]
+        if all(skipped) or self.is_skipped(prefix):
+            return UnquantizedLinearMethod()
+        if any(skipped):
+            raise FormatError(
+                f"{prefix}: vLLM fuses {parts}, but modules_to_not_convert holds only "
+                f"{[part for part, skip in zip(parts, skipped, strict=True) if skip]}; hold all of them or none"
+            )
+        rotation = self.quant.rotation
+        if rotation.kind != "none" and len({rotation.block(module) for module in modules}) > 1:
+            blocks = {part: rotation.block(module) for part, module in zip(parts, modules, strict=True)}
+            raise FormatError(f"{prefix}: vLLM fuses layers that share an input, so their rotation blocks: {blocks}")
+        return ButterflyLinearMethod(self.quant, prefix, modules)

@@ -1,0 +1,316 @@
+"""The run: block by block, capture inputs, learn rotations, round, keep; then write the checkpoint."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from bq_kernels.format import FormatError, QuantConfig
+from bq_kernels.reference import dense_weight, hadamard_angles, rotate
+from rich.progress import Progress
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from . import analysis
+from .architecture import InputGroup
+from .checkpoint import export, write_json, write_tensors
+from .data import calibration_tokens, sampled_tokens
+from .errors import UserError
+from .model import SourceModel
+from .quantize import Quantized, output_error, round_gptq, round_nearest
+from .recipes import Recipe, quant_config
+from .rotation import Problem, initial_angles, learn, rotate_hessian
+from .report import write_report
+
+TOKENS_PER_BATCH = 4096
+SAMPLE_TOKENS = 1024  # inputs kept for statistics and for the uniformity term
+
+
+class _InputReached(Exception):
+    """Stops a block's forward pass once the wanted input has been seen."""
+
+
+class Calibration:
+    """One run of `bq-calibrate`: everything between the model and the checkpoint.
+
+    Work is kept in `OUT.partial` beside the output folder, one file a finished block, each written whole or not at
+    all. The output folder appears at the very end, complete.
+
+    Args:
+        model: folder or hub name of the 16-bit model.
+        out: folder to write.
+        recipe: settings.
+        device: where blocks are computed.
+        resume: go on from an earlier, interrupted run.
+
+    Raises:
+        UserError: when the model, the settings or the output folder will not do.
+    """
+
+    def __init__(self, model: str, out: str, recipe: Recipe, device: str, resume: bool):
+        self.started = time.monotonic()
+        self.recipe, self.device, self.resume = recipe, torch.device(device), resume
+        self.out = Path(out)
+        self.staging = self.out.with_name(self.out.name + ".partial")
+        self.source = SourceModel(model, self.device)
+        self.config = self._check_geometry()
+
+    def run(self, progress: Progress) -> None:
+        """Calibrate and write the checkpoint.
+
+        Raises:
+            UserError: naming what went wrong; finished blocks are kept for `--resume`.
+        """
+        with self._staging_folder():
+            tokens = self._tokens(progress)
+            hidden, arguments = self.source.embed(tokens)
+            reports = []
+            task = progress.add_task("calibrating blocks", total=self.source.num_blocks)
+            for index in range(self.source.num_blocks):
+                stem = self.staging / "blocks" / f"{index:05d}"
+                with self.source.block(index) as block:
+                    forward = self._forward_over(block, hidden, arguments[index])
+                    if not stem.with_suffix(".safetensors").exists():
+                        tensors, report = self._quantize_block(block, index, forward)
+                        write_json(stem.with_suffix(".json"), report)
+                        write_tensors(stem.with_suffix(".safetensors"), tensors)  # last: its presence means done
+                    self._install(block, index, load_file(stem.with_suffix(".safetensors")))
+                    forward(keep=hidden)
+                reports.append(json.loads(stem.with_suffix(".json").read_text()))
+                progress.advance(task)
+            progress.update(task, description="writing the checkpoint")
+            final = self.staging / "final"
+            shutil.rmtree(final, ignore_errors=True)
+            export(self.source, self.staging / "blocks", self.config, self.recipe, final)
+            write_report(final, self.source.folder, self.config, self.recipe, tokens.numel(), reports, self._run_facts())
+            os.replace(final, self.out)
+        shutil.rmtree(self.staging)
+
+    # ---- set-up
+
+    def _check_geometry(self) -> QuantConfig:
+        block = self.source.decoder.layers[0]
+        widths = {group: self.source.linear(block, group.layers[0]).in_features for group in self.source.groups}
+        config = quant_config(self.recipe, widths)
+        try:
+            for group in self.source.groups:
+                for name in group.layers:
+                    layer = self.source.linear(block, name)
+                    config.tensors(name, layer.in_features, layer.out_features)
+        except FormatError as error:
+            raise UserError(str(error)) from error
+        return config
+
+    @contextmanager
+    def _staging_folder(self):
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(f"{self.out} exists and is not empty; choose another output folder or remove it")
+        settings = json.loads(json.dumps({"model": str(self.source.folder.resolve()), **self.recipe.to_dict()}))
+        record = self.staging / "settings.json"
+        if self.staging.exists() and not self.resume and record.exists():
+            raise UserError(f"{self.staging} holds an unfinished run; continue it with --resume, or remove the folder")
+        need = sum(file.stat().st_size for file in self.source.folder.glob("*.safetensors"))
+        try:
+            (self.staging / "blocks").mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.staging).free
+            if free < need:
+                raise UserError(
+                    f"{self.staging.parent}: no space left: {free / 1e9:.2f} GB free, up to {need / 1e9:.2f} GB needed; "
+                    "free some or choose another output folder"
+                )
+            with open(self.staging / "lock", "w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise UserError(f"{self.out} is in use by another running bq-calibrate") from error
+                if record.exists():
+                    before = json.loads(record.read_text())
+                    changed = [key for key in settings if settings[key] != before.get(key)]
+                    if changed:
+                        key = changed[0]
+                        raise UserError(
+                            f"--resume: {key} was {before.get(key)!r} in the unfinished run and is {settings[key]!r} "
+                            f"now; use the same settings, or remove {self.staging}"
+                        )
+                write_json(record, settings)
+                yield
+        except PermissionError as error:
+            raise UserError(f"{self.out}: cannot be written ({error})") from error
+
+    def _tokens(self, progress: Progress) -> torch.Tensor:
+        file = self.staging / "tokens.safetensors"
+        if not file.exists():
+            recipe, tokenizer = self.recipe, self.source.tokenizer()
+            if recipe.dataset == "self":
+                model = AutoModelForCausalLM.from_pretrained(self.source.folder, dtype=self.source.dtype)
+                model = model.to(self.device).eval()
+                tokens = sampled_tokens(model, tokenizer, recipe.samples, recipe.seqlen, recipe.seed, progress)
+                del model
+            else:
+                tokens = calibration_tokens(tokenizer, recipe.dataset, recipe.samples, recipe.seqlen, recipe.seed)
+            write_tensors(file, {"tokens": tokens})
+        return load_file(file)["tokens"]
+
+    # ---- one block
+
+    def _forward_over(self, block: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> Callable:
+        """A function that runs all samples through `block`, and with `keep` writes the outputs there."""
+        batch = max(1, TOKENS_PER_BATCH // hidden.shape[1])
+
+        @torch.no_grad()
+        def forward(keep: torch.Tensor | None = None) -> None:
+            for start in range(0, len(hidden), batch):
+                try:
+                    output = block(hidden[start : start + batch], **arguments)
+                except _InputReached:
+                    continue
+                if keep is not None:
+                    keep[start : start + batch] = output[0] if isinstance(output, tuple) else output
+
+        return forward
+
+    def _capture(self, layer: nn.Linear, forward: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean of x xᵀ over all tokens that reach `layer`, float32 [K, K], and a sample of the x."""
+        hessian = torch.zeros(layer.in_features, layer.in_features, device=self.device)
+        kept: list[torch.Tensor] = []
+        count = 0
+
+        def hook(_module, args):
+            nonlocal count
+            x = args[0].reshape(-1, layer.in_features).float()
+            hessian.addmm_(x.T, x)
+            kept.append(x[:: max(1, len(x) // 64)][:64])
+            count += len(x)
+            raise _InputReached
+
+        handle = layer.register_forward_pre_hook(hook)
+        try:
+            forward()
+        finally:
+            handle.remove()
+        inputs = torch.cat(kept)
+        return hessian / count, inputs[:: max(1, len(inputs) // SAMPLE_TOKENS)][:SAMPLE_TOKENS]
+
+    def _round(self, weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
+        group = self.config.group(weight.shape[1])
+        if self.recipe.rounding == "gptq":
+            return round_gptq(weight, hessian, self.recipe.bits, group, self.recipe.zero_point)
+        return round_nearest(weight, self.recipe.bits, group, self.recipe.zero_point)
+
+    def _quantize_block(
+        self, block: nn.Module, index: int, forward: Callable
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        """Quantize a block's linear layers in the order in which data meets them; they are replaced as it goes."""
+        tensors: dict[str, torch.Tensor] = {}
+        reports = []
+        for position, group in enumerate(self.source.groups):
+            layers = [self.source.linear(block, name) for name in group.layers]
+            hessian, inputs = self._capture(layers[0], forward)
+            if not bool(torch.isfinite(hessian).all()):
+                raise UserError(f"block {index}, {group.name}: the inputs hold NaN or infinity; is the model sound?")
+            weight = torch.cat([layer.weight.detach() for layer in layers]).float()
+            seed = (self.recipe.seed * 1_000_003 + index) * 16 + position
+            quantized, angles, report = self._quantize_group(group, weight, hessian, inputs, seed)
+            reports.append({"block": index} | report)
+            start = 0
+            for name, layer in zip(group.layers, layers, strict=True):
+                full_name = self.source.block_prefix(index) + name
+                stored = quantized.rows(start, start + layer.out_features).tensors()
+                if self.config.rotation.kind == "butterfly":
+                    stored["angles"] = angles.cpu()
+                start += layer.out_features
+                for suffix, spec in self.config.tensors(name, layer.in_features, layer.out_features).items():
+                    spec.check(f"{full_name}.{suffix}", stored[suffix])
+                    tensors[f"{full_name}.{suffix}"] = stored[suffix].clone()
+            self._install(block, index, tensors, group)
+        return tensors, reports
+
+    def _quantize_group(
+        self, group: InputGroup, weight: torch.Tensor, hessian: torch.Tensor, inputs: torch.Tensor, seed: int
+    ) -> tuple[Quantized, torch.Tensor | None, dict[str, Any]]:
+        recipe, features = self.recipe, weight.shape[1]
+        kind = self.config.rotation.kind
+        block_size = self.config.rotation.block(group.layers[0]) if kind != "none" else 1
+        hadamard = hadamard_angles(features, block_size, self.device)
+        losses: list[float] = []
+        rotations: dict[str, torch.Tensor | None] = {"none": None, "hadamard": hadamard}
+        if kind == "butterfly":
+            generator = torch.Generator().manual_seed(seed)
+            problem = Problem(weight, hessian, inputs, block_size, recipe.bits, self.config.group(features))
+            start = initial_angles(recipe.init, features, block_size, generator)
+            rotations[kind], losses = learn(
+                problem, start, recipe.objective, recipe.optimizer, recipe.lr, recipe.steps, recipe.uniformity
+            )
+        errors, chosen = {}, None
+        for name, angles in rotations.items():
+            turned, turned_hessian = weight, hessian
+            if angles is not None:
+                turned = rotate(weight, angles, block_size)
+                turned_hessian = rotate_hessian(hessian, angles, block_size)
+            rounded = self._round(turned, turned_hessian)
+            errors[name] = output_error(turned, rounded.weight(), turned_hessian)
+            if name == kind:
+                chosen = rounded
+        angles = rotations[kind]
+        report = {
+            "layers": group.name,
+            "in_features": features,
+            "rotation_block": block_size,
+            "relative_output_error": errors,
+            "learning_curve": losses,
+            "inputs": {"before": analysis.outliers(inputs)},
+        }
+        if angles is not None:
+            report["inputs"]["after"] = analysis.outliers(rotate(inputs, angles, block_size))
+            report["coherence"] = analysis.coherence(angles, block_size)
+            report["best_coherence"] = block_size**-0.5
+        return chosen, angles, report
+
+    def _install(
+        self, block: nn.Module, index: int, tensors: dict[str, torch.Tensor], only: InputGroup | None = None
+    ) -> None:
+        """Put the dense equivalent of the stored tensors in place of the 16-bit weights: what serving will compute."""
+        for group in [only] if only else self.source.groups:
+            for name in group.layers:
+                layer = self.source.linear(block, name)
+                stored = self.source.block_prefix(index) + name + "."
+                block_size, angles = 1, None
+                if self.config.rotation.kind != "none":
+                    block_size = self.config.rotation.block(name)
+                    angles = tensors.get(stored + "angles")
+                    if angles is None:
+                        angles = hadamard_angles(layer.in_features, block_size)
+                weight = dense_weight(
+                    tensors[stored + "qweight"],
+                    tensors[stored + "scales"],
+                    tensors.get(stored + "zeros"),
+                    angles,
+                    block_size,
+                    layer.in_features,
+                )
+                layer.weight = nn.Parameter(weight.to(layer.weight), requires_grad=False)
+
+    def _run_facts(self) -> dict[str, Any]:
+        """What differs from run to run: time, memory, machine."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "wall_seconds": round(time.monotonic() - self.started, 1),
+            "resumed": self.resume,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
+        }

@@ -1,0 +1,134 @@
+"""Calibration and evaluation text: named data sets, local files, or text that the model itself samples."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from .errors import UserError
+
+_LOCAL = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_documents(dataset: str, split: str) -> list[str]:
+    """Texts of a data set.
+
+    Args:
+        dataset: `wikitext2`, `c4`, or the path of a .txt, .jsonl or .parquet file (column `text`). A .txt file is one
+            document.
+        split: `train` or `test`; a local file is the same for both.
+
+    Raises:
+        UserError: if the data set is unknown, unreadable or empty.
+    """
+    from datasets import load_dataset
+
+    path = Path(dataset)
+    try:
+        if dataset == "wikitext2":
+            rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
+            documents = ["\n".join(row.rstrip("\n") for row in rows)]
+        elif dataset == "c4":
+            name = "train" if split == "train" else "validation"
+            file = f"en/c4-{name}.00000-of-{'01024' if name == 'train' else '00008'}.json.gz"
+            rows = load_dataset("allenai/c4", data_files={name: file}, split=name, streaming=True)
+            documents = [row["text"] for row in rows.take(4000)]
+        elif path.suffix in _LOCAL and path.is_file():
+            if _LOCAL[path.suffix] == "text":
+                documents = [path.read_text(encoding="utf-8")]
+            else:
+                rows = load_dataset(_LOCAL[path.suffix], data_files=str(path), split="train")
+                if "text" not in rows.column_names:
+                    raise UserError(f"{dataset}: no column 'text'; it has {rows.column_names}")
+                documents = list(rows["text"])
+        elif path.suffix in _LOCAL:
+            raise UserError(f"{dataset}: no such file")
+        else:
+            raise UserError(f"{dataset!r} is no data set: use wikitext2, c4, or a .txt, .jsonl or .parquet file")
+    except UserError:
+        raise
+    except Exception as error:
+        hint = " (an empty or damaged file?)" if path.is_file() else "; without a network, give a local file"
+        raise UserError(f"{dataset}: cannot be read: {error}{hint}") from error
+    documents = [document for document in documents if document and document.strip()]
+    if not documents:
+        raise UserError(f"{dataset}: the file is empty; calibration and evaluation need text")
+    return documents
+
+
+def tokenize(tokenizer, text: str) -> list[int]:
+    """Token ids of a text, BOS included where the tokenizer adds one. No length limit, so no warning about one."""
+    return tokenizer(text, verbose=False)["input_ids"]
+
+
+def calibration_tokens(tokenizer, dataset: str, samples: int, seqlen: int, seed: int) -> torch.Tensor:
+    """Windows of `seqlen` tokens from shuffled documents, joined end to end.
+
+    Returns:
+        int64 [at most samples, seqlen]; fewer rows where the data does not suffice.
+
+    Raises:
+        UserError: if the data does not fill one window.
+    """
+    documents = load_documents(dataset, "train")
+    shuffler = random.Random(seed)
+    stream: list[int] = []
+    if len(documents) == 1:  # one long text: windows from all over it
+        stream = tokenize(tokenizer, documents[0])
+        starts = list(range(0, len(stream) - seqlen + 1, seqlen))
+        shuffler.shuffle(starts)
+        windows = [stream[start : start + seqlen] for start in starts[:samples]]
+    else:
+        shuffler.shuffle(documents)
+        for document in documents:
+            stream += tokenize(tokenizer, document)
+            if len(stream) >= samples * seqlen:
+                break
+        windows = [stream[i * seqlen : (i + 1) * seqlen] for i in range(min(samples, len(stream) // seqlen))]
+    if not windows:
+        raise UserError(f"{dataset}: {len(stream)} tokens do not fill one window of {seqlen}; lower --seqlen")
+    return torch.tensor(windows)
+
+
+@torch.no_grad()
+def sampled_tokens(model, tokenizer, samples: int, seqlen: int, seed: int, progress: Progress) -> torch.Tensor:
+    """Text that the model itself writes, from its BOS token at temperature 1: calibration without data.
+
+    Args:
+        model: a transformers causal LM, loaded whole.
+
+    Returns:
+        int64 [samples, seqlen].
+
+    Raises:
+        UserError: if the tokenizer has no token to start from.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise UserError("--dataset self: the tokenizer has neither BOS nor EOS to start from; give a text file")
+    torch.manual_seed(seed)
+    batch = min(samples, 32)
+    task = progress.add_task("sampling text from the model", total=samples)
+    rows = []
+    for first in range(0, samples, batch):
+        count = min(batch, samples - first)
+        prompt = torch.full((count, 1), start, device=model.device)
+        rows.append(
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=seqlen - 1,
+                max_new_tokens=seqlen - 1,
+                pad_token_id=start,
+            ).cpu()
+        )
+        progress.advance(task, count)
+    progress.remove_task(task)
+    return torch.cat(rows)

@@ -1,0 +1,205 @@
+"""A Hugging Face causal LM read from its safetensors one decoder block at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .architecture import input_groups
+from .errors import UserError
+
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def resolve_model(model: str) -> Path:
+    """Local folder of a model: a path as it is, a hub name through the Hugging Face cache.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{model} is a file; expected the folder of a Hugging Face model or a name on the hub")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:
+        raise UserError(f"{model}: no such folder, and the hub did not give it ({error})") from error
+
+
+class TensorStore:
+    """Tensors of a folder's safetensors files, by name, read on demand.
+
+    Raises:
+        UserError: from the constructor, if there are no safetensors files or one cannot be read.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{folder}: no .safetensors file; convert the weights first (nothing is ever unpickled here)")
+        self.file_of: dict[str, Path] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    self.file_of.update(dict.fromkeys(handle.keys(), file))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: cannot be read, truncated or damaged ({error}); get it again") from error
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            listed = json.loads(index.read_text())["weight_map"]
+            missing = sorted(set(listed) - set(self.file_of))
+            if missing:
+                raise UserError(f"{folder / listed[missing[0]]}: tensor {missing[0]} of the index is not there")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file_of
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self.file_of)
+
+    def get(self, name: str) -> torch.Tensor:
+        """Read one tensor.
+
+        Raises:
+            UserError: if it is missing.
+        """
+        if name not in self.file_of:
+            raise UserError(f"{self.folder}: tensor {name} is missing")
+        with safe_open(self.file_of[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor's data, without reading it."""
+        with safe_open(self.file_of[name], framework="pt") as handle:
+            view = handle.get_slice(name)
+            return math.prod(view.get_shape()) * _BYTES[view.get_dtype()]
+
+
+class SourceModel:
+    """The 16-bit model: a skeleton without memory, into which one decoder block at a time is loaded.
+
+    Args:
+        model: folder or hub name.
+        device: where blocks and activations live.
+
+    Raises:
+        UserError: for an unsupported architecture, an already quantized model, or missing weights.
+    """
+
+    def __init__(self, model: str, device: torch.device):
+        self.folder = resolve_model(model)
+        self.device = device
+        config_file = self.folder / "config.json"
+        if not config_file.exists():
+            raise UserError(f"{self.folder}: no config.json; is this the folder of a Hugging Face model?")
+        self.config_dict: dict[str, Any] = json.loads(config_file.read_text())
+        if "quantization_config" in self.config_dict:
+            method = self.config_dict["quantization_config"].get("quant_method")
+            raise UserError(f"{self.folder}: already quantized ({method}); calibration starts from the 16-bit model")
+        self.groups = input_groups(self.config_dict.get("model_type", "without a model_type"))
+        self.config = AutoConfig.from_pretrained(self.folder)
+        self.store = TensorStore(self.folder)
+        self.dtype = self.store.get("model.embed_tokens.weight").dtype
+        with init_empty_weights(include_buffers=False):  # buffers are computed, not stored: they must be real
+            self.skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
+        for module in self.skeleton.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer.to(device) if buffer is not None else None
+        self.decoder = self.skeleton.model
+        self.num_blocks = len(self.decoder.layers)
+
+    def tokenizer(self):
+        """The model's tokenizer.
+
+        Raises:
+            UserError: if the folder has none.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except Exception as error:
+            raise UserError(f"{self.folder}: the tokenizer cannot be loaded ({error})") from error
+
+    def block_prefix(self, index: int) -> str:
+        """Name prefix of the tensors of block `index`."""
+        return f"model.layers.{index}."
+
+    @contextmanager
+    def _loaded(self, module: nn.Module, prefix: str) -> Iterator[nn.Module]:
+        empty = module.state_dict()
+        full = {name: self.store.get(prefix + name).to(self.device) for name in empty}
+        module.load_state_dict(full, assign=True)
+        del full
+        try:
+            yield module
+        finally:
+            module.load_state_dict(empty, assign=True)
+
+    def block(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Decoder block `index`, with its weights in memory for as long as the context lasts."""
+        return self._loaded(self.decoder.layers[index], self.block_prefix(index))
+
+    @torch.no_grad()
+    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        """What enters the first block, and the further arguments that every block gets.
+
+        Args:
+            tokens: int64 [samples, seqlen].
+
+        Returns:
+            hidden states [samples, seqlen, hidden] and, per block, the keyword arguments of its forward, made for a
+            batch of one and good for any batch.
+        """
+        arguments: list[dict[str, Any]] = [{} for _ in self.decoder.layers]
+
+        def record(index):
+            def forward(hidden_states, *args, **kwargs):
+                if args:
+                    raise UserError(f"{self.config.model_type}: blocks take positional arguments, not supported")
+                arguments[index] = kwargs
+                return hidden_states
+
+            return forward
+
+        norm, self.decoder.norm = self.decoder.norm, nn.Identity()
+        for index, layer in enumerate(self.decoder.layers):
+            layer.forward = record(index)
+        try:
+            with self._loaded(self.decoder.embed_tokens, "model.embed_tokens."):
+                rows = [self.decoder(input_ids=row[None], use_cache=False)[0] for row in tokens.to(self.device)]
+        finally:
+            for layer in self.decoder.layers:
+                del layer.forward
+            self.decoder.norm = norm
+        return torch.cat(rows), arguments
+
+    def linear(self, block: nn.Module, name: str) -> nn.Linear:
+        """The linear layer `name` of a block.
+
+        Raises:
+            UserError: if the block has no such layer.
+        """
+        try:
+            layer = block.get_submodule(name)
+        except AttributeError as error:
+            raise UserError(f"{self.config.model_type}: a block has no layer {name}") from error
+        if not isinstance(layer, nn.Linear):
+            raise UserError(f"{self.config.model_type}: {name} is a {type(layer).__name__}, not a linear layer")
+        return layer

@@ -1,0 +1,126 @@
+"""What a calibration run is told: every setting with its name on the command line, and the named recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from bq_kernels.format import FormatError, QuantConfig, RotationConfig
+
+from .architecture import InputGroup
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a run; each is a flag of `bq-calibrate`.
+
+    Attributes:
+        rotation_block: features that a rotation mixes; None stands for the full width of the input.
+        objective: what the angles minimise: `output`, the paper's ‖W x − W′_q Q x‖² through a straight-through
+            quantizer, or `gptq`, the error to expect of GPTQ.
+        uniformity: weight λ of the paper's uniformity term.
+        tensor_parallel: rotation blocks and groups of row-parallel layers stay inside a shard at this many GPUs.
+    """
+
+    bits: int = 2
+    group_size: int = 64
+    zero_point: str = "midrise"
+    rotation: str = "butterfly"
+    rotation_block: int | None = 64
+    init: str = "hadamard"
+    objective: str = "gptq"
+    optimizer: str = "adam"
+    lr: float = 0.02
+    steps: int = 60
+    uniformity: float = 0.0
+    rounding: str = "gptq"
+    tensor_parallel: int = 1
+    dataset: str = "c4"
+    samples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as the report holds them."""
+        return dataclasses.asdict(self)
+
+
+RECIPES: dict[str, Recipe] = {
+    # what is best within a few minutes on two cores
+    "fast": Recipe(samples=64, seqlen=512),
+    # arXiv 2509.09679: full width, identity start, Adam at 0.01 for at most 500 steps, uniformity on, 128 samples
+    "paper": Recipe(
+        rotation_block=None,
+        init="identity",
+        objective="output",
+        optimizer="adam",
+        lr=0.01,
+        steps=500,
+        uniformity=0.1,
+        rounding="gptq",
+    ),
+}
+CHOICES = {
+    "bits": (2, 3, 4),
+    "zero_point": ("midrise", "float"),
+    "rotation": ("butterfly", "hadamard", "none"),
+    "init": ("identity", "hadamard", "random"),
+    "objective": ("output", "gptq"),
+    "optimizer": ("adam", "sgd"),
+    "rounding": ("rtn", "gptq"),
+}
+
+
+def make_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
+    """A named recipe with some settings replaced.
+
+    Raises:
+        UserError: for an unknown recipe or a value that a setting does not take.
+    """
+    if name not in RECIPES:
+        raise UserError(f"--recipe {name}: unknown; known are {', '.join(RECIPES)}")
+    recipe = dataclasses.replace(RECIPES[name], **overrides)
+    for field, allowed in CHOICES.items():
+        if getattr(recipe, field) not in allowed:
+            flag = field.replace("_", "-")
+            raise UserError(f"--{flag} {getattr(recipe, field)}: expected one of {', '.join(map(str, allowed))}")
+    for field, least in {"samples": 1, "seqlen": 2, "steps": 0, "tensor_parallel": 1}.items():
+        if getattr(recipe, field) < least:
+            raise UserError(f"--{field.replace('_', '-')}: expected at least {least}")
+    if not recipe.lr > 0:
+        raise UserError("--lr: expected a positive number")
+    return recipe
+
+
+def quant_config(recipe: Recipe, widths: dict[InputGroup, int]) -> QuantConfig:
+    """The checkpoint's quantization config, checked against the widths of the model's inputs.
+
+    Args:
+        recipe: settings of the run.
+        widths: input features of every group of layers.
+
+    Raises:
+        UserError: if a group or a rotation block does not divide a width, or a tensor-parallel shard of one.
+    """
+    table: dict[str, int] = {}
+    shards = {group: width // recipe.tensor_parallel if group.row_parallel else width for group, width in widths.items()}
+    for group, width in widths.items():
+        if group.row_parallel and width % recipe.tensor_parallel:
+            raise UserError(f"--tensor-parallel {recipe.tensor_parallel} does not divide {width} inputs of {group.name}")
+        block = recipe.rotation_block or shards[group]
+        for what, size in (("--rotation-block", block), ("--group-size", recipe.group_size)):
+            if size > 0 and shards[group] % size and not (what == "--rotation-block" and recipe.rotation == "none"):
+                shard = f" ({width} / {recipe.tensor_parallel} in a shard)" if shards[group] != width else ""
+                raise UserError(f"{what} {size} does not divide the {shards[group]} inputs of {group.name}{shard}")
+        for layer in group.layers:
+            table[layer.rsplit(".", 1)[-1]] = block
+    sizes = list(table.values())
+    default = max(set(sizes), key=sizes.count)
+    blocks = {"default": default} | {name: size for name, size in table.items() if size != default}
+    try:
+        rotation = RotationConfig(recipe.rotation, blocks if recipe.rotation != "none" else {})
+        return QuantConfig(recipe.bits, recipe.group_size, recipe.zero_point, rotation, ("lm_head",))
+    except FormatError as error:
+        raise UserError(str(error)) from error

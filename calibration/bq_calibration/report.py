@@ -1,0 +1,125 @@
+"""The report of a run: bq_report.json and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from bq_kernels.format import QuantConfig
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from .checkpoint import verify, write_json
+from .model import TensorStore
+from .recipes import Recipe
+
+
+def write_report(
+    folder: Path,
+    source: Path,
+    config: QuantConfig,
+    recipe: Recipe,
+    tokens: int,
+    blocks: list[list[dict[str, Any]]],
+    run: dict[str, Any],
+) -> None:
+    """Write `bq_report.json` and the pictures under `report/` into a finished checkpoint.
+
+    Args:
+        folder: the checkpoint; it is verified here.
+        source: the 16-bit model, for its size.
+        config: quantization config.
+        recipe: settings of the run.
+        tokens: calibration tokens used.
+        blocks: per decoder block, the reports of its input groups.
+        run: time, memory and machine: all that differs from run to run stands here.
+    """
+    verified = verify(folder)
+    store = TensorStore(source)
+    inputs = [report for block in blocks for report in block]
+    kinds = sorted({kind for report in inputs for kind in report["relative_output_error"]})
+    report = {
+        "format_version": 1,
+        "source_model": source.resolve().name,
+        "quantization_config": config.to_dict(),
+        "recipe": recipe.to_dict(),
+        "calibration_tokens": tokens,
+        "totals": {
+            "bits_per_weight": verified.bits_per_weight(),
+            "stored_bits": verified.stored_bits,
+            "quantized_weights": sum(n * k for n, k in verified.layers.values()),
+            "checkpoint_bytes": verified.total_bytes,
+            "source_bytes": sum(store.nbytes(name) for name in store.names()),
+            "mean_relative_output_error": {
+                kind: sum(r["relative_output_error"][kind] for r in inputs) / len(inputs) for kind in kinds
+            },
+        },
+        "inputs": inputs,
+        "run": run,
+    }
+    write_json(folder / "bq_report.json", report)
+    _draw(folder / "report", inputs, config)
+
+
+def _draw(folder: Path, inputs: list[dict[str, Any]], config: QuantConfig) -> None:
+    folder.mkdir()
+    names = list(dict.fromkeys(report["layers"] for report in inputs))
+    series = {name: [report for report in inputs if report["layers"] == name] for name in names}
+
+    figure, axes = plt.subplots(3, 2, figsize=(11, 10), sharex=True, layout="constrained")
+    for row, (key, label) in enumerate(
+        (("kurtosis", "kurtosis (Gaussian: 3)"), ("max_over_rms", "max / RMS"), ("skew", "skew"))
+    ):
+        for column, when in enumerate(("before", "after")):
+            axis = axes[row][column]
+            for name, reports in series.items():
+                if when in reports[0]["inputs"]:
+                    axis.plot([r["inputs"][when][key] for r in reports], marker=".", label=name)
+            axis.set_ylabel(label)
+            axis.set_yscale("symlog" if key == "skew" else "log")
+            axis.set_title(f"{when} rotation" if row == 0 else "")
+    axes[0][0].legend(fontsize="small")
+    for axis in axes[-1]:
+        axis.set_xlabel("decoder block")
+    figure.suptitle("Outliers of the inputs of linear layers")
+    figure.savefig(folder / "outliers.png", dpi=110)
+    plt.close(figure)
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+    for axis, (name, reports) in zip(axes.flat, series.items(), strict=False):
+        for kind in reports[0]["relative_output_error"]:
+            axis.plot([r["relative_output_error"][kind] for r in reports], marker=".", label=kind)
+        axis.set_yscale("log")
+        axis.set_title(name)
+        axis.legend(fontsize="small")
+    figure.supxlabel("decoder block")
+    figure.supylabel("relative output error")
+    figure.suptitle(f"Error at {config.bits} bits by rotation")
+    figure.savefig(folder / "output_error.png", dpi=110)
+    plt.close(figure)
+
+    if config.rotation.kind != "none":
+        figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+        for name, reports in series.items():
+            line = axis.plot([r["coherence"] for r in reports], marker=".", label=name)[0]
+            axis.axhline(reports[0]["best_coherence"], color=line.get_color(), linestyle=":", linewidth=1)
+        axis.set(xlabel="decoder block", ylabel="coherence μ = max |Q_ij|", title="Coherence; dotted: 1/√b")
+        axis.legend(fontsize="small")
+        figure.savefig(folder / "coherence.png", dpi=110)
+        plt.close(figure)
+
+    if inputs[0]["learning_curve"]:
+        figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+        for axis, (name, reports) in zip(axes.flat, series.items(), strict=False):
+            for report in reports:
+                curve = report["learning_curve"]
+                depth = report["block"] / max(1, len(reports) - 1)
+                axis.plot([loss / curve[0] for loss in curve], color=plt.cm.viridis(depth), linewidth=0.8)
+            axis.set_title(name)
+        figure.supxlabel("step")
+        figure.supylabel("loss / loss at the start")
+        figure.suptitle("Learning the angles; from dark (first block) to light (last)")
+        figure.savefig(folder / "learning.png", dpi=110)
+        plt.close(figure)

@@ -1,0 +1,181 @@
+"""Learning the angles of one butterfly: two objectives, the paper's optimisers, initialisations and regulariser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from bq_kernels.format import num_angles
+from bq_kernels.reference import hadamard_angles, rotate
+
+from .quantize import damped
+
+PATIENCE, MIN_GAIN = 50, 1e-3  # stop when 50 steps have lowered the loss by less than 0.1 %
+DENSE_BLOCK = 128  # up to this size a block is trained as a dense matrix
+# step and mean squared error of the best uniform quantizer of a unit Gaussian, by bits (Max, 1960)
+_GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
+_GAUSSIAN_NOISE = {2: 0.1188, 3: 0.03744, 4: 0.01154}
+
+
+@dataclass
+class Problem:
+    """What a rotation is learned on: the weights that share an input, and that input.
+
+    Attributes:
+        weight: float32 [N, K], the layers stacked.
+        hessian: float32 [K, K], mean over tokens of x xᵀ.
+        inputs: float32 [tokens, K], a sample of the inputs for the uniformity term.
+        block_size: features that one block of the butterfly mixes.
+        bits: bits per code.
+        group: columns that share a scale.
+    """
+
+    weight: torch.Tensor
+    hessian: torch.Tensor
+    inputs: torch.Tensor
+    block_size: int
+    bits: int
+    group: int
+
+    @cached_property
+    def output_energy(self) -> torch.Tensor:
+        """Mean of ‖W x‖² over tokens, what losses are relative to."""
+        return ((self.weight @ self.hessian) * self.weight).sum()
+
+
+def initial_angles(kind: str, features: int, block_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Angles to start from, float32 [features/block_size, num_angles]: `identity`, `hadamard` or `random`."""
+    shape = (features // block_size, num_angles(block_size))
+    if kind == "identity":
+        return torch.zeros(shape)
+    if kind == "hadamard":
+        return hadamard_angles(features, block_size)
+    return (2 * torch.rand(shape, generator=generator) - 1) * math.pi
+
+
+def turn(x: torch.Tensor, angles: torch.Tensor, block_size: int) -> torch.Tensor:
+    """`reference.rotate` for training: small blocks as one batched matrix product, which autograd does much faster.
+
+    Args:
+        x: float32 [rows, K].
+
+    Returns:
+        Q x for every row, float32 [rows, K].
+    """
+    if block_size > DENSE_BLOCK:
+        return rotate(x, angles, block_size)
+    blocks = len(angles)
+    units = torch.eye(block_size, device=x.device).repeat(1, blocks)
+    transposed = rotate(units, angles, block_size).unflatten(1, (blocks, block_size)).transpose(0, 1)  # Qᵀ by block
+    return (x.unflatten(1, (blocks, block_size)).transpose(0, 1) @ transposed).transpose(0, 1).flatten(1)
+
+
+def rotate_hessian(hessian: torch.Tensor, angles: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Q H Qᵀ."""
+    return turn(turn(hessian, angles, block_size).T, angles, block_size)
+
+
+def output_loss(problem: Problem, angles: torch.Tensor) -> torch.Tensor:
+    """The paper's loss ‖W x − W′_q Q x‖², relative to ‖W x‖², through a straight-through quantizer.
+
+    Written with the Hessian it is tr(E H′ Eᵀ), E = W′ − W′_q: the same number for all calibration tokens at once. The
+    quantizer's step is the best one for a Gaussian of the group's size, which is differentiable.
+    """
+    rotated = turn(problem.weight, angles, problem.block_size)
+    grouped = rotated.unflatten(1, (-1, problem.group))
+    step = grouped.square().mean(-1, keepdim=True).clamp(min=1e-20).sqrt() * _GAUSSIAN_STEP[problem.bits]
+    top = (2**problem.bits - 1) / 2
+    level = grouped / step
+    hard = (level + top).round().clamp(0, 2 * top) - top
+    soft = level.clamp(-top, top)
+    quantized = (step * (soft + (hard - soft).detach())).flatten(1)
+    error = rotated - quantized
+    loss = ((error @ rotate_hessian(problem.hessian, angles, problem.block_size)) * error).sum()
+    return loss / problem.output_energy
+
+
+def gptq_loss(problem: Problem, angles: torch.Tensor) -> torch.Tensor:
+    """Output error to expect of GPTQ, relative to ‖W x‖²: Σⱼ Dⱼ σ²ⱼ.
+
+    Dⱼ, from H′ = L D Lᵀ, is the part of column j's error that the columns after it cannot take up; σ²ⱼ is the error of
+    a Gaussian with the size of the column's group under the best mid-rise quantizer.
+    """
+    rotated = turn(problem.weight, angles, problem.block_size)
+    energy = rotated.square().unflatten(1, (-1, problem.group)).sum(0).mean(-1).repeat_interleave(problem.group)
+    turned = rotate_hessian(damped(problem.hessian), angles, problem.block_size)
+    with torch.no_grad():
+        factor = torch.linalg.cholesky(((turned + turned.T) / 2).flip(0, 1))
+        pivots = factor.diagonal().square()
+        # row j of L⁻¹ is the v that minimises vᵀ H′ v = Dⱼ under vⱼ = 1, so its own derivative does not count:
+        # Σ eⱼ Dⱼ has the gradient of ⟨G, H′⟩ with G = L⁻ᵀ diag(e) L⁻¹ held, much cheaper than back through the factor
+        unit = torch.linalg.solve_triangular(factor / factor.diagonal(), torch.eye(len(factor), device=factor.device), upper=False)
+        held = (unit.T @ (energy.flip(0)[:, None] * unit)).flip(0, 1)
+        pivots = pivots.flip(0)
+    expected = (held * turned).sum() + ((energy - energy.detach()) * pivots).sum()
+    return _GAUSSIAN_NOISE[problem.bits] * expected / problem.output_energy
+
+
+def uniformity(problem: Problem, angles: torch.Tensor) -> torch.Tensor:
+    """The paper's regulariser: KL divergence from uniform of the rotated activations' occupancy of 2^bits bins.
+
+    Activations are scaled to [−1, 1] token by token and counted softly (each into its two nearest bins).
+    """
+    bins = 2**problem.bits
+    y = turn(problem.inputs, angles, problem.block_size)
+    y = y / y.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    position = (y + 1) / 2 * (bins - 1)
+    share = torch.stack([(1 - (position - b).abs()).clamp(min=0).mean() for b in range(bins)])
+    return (share * (share.clamp(min=1e-12) * bins).log()).sum()
+
+
+OBJECTIVES: dict[str, Callable[[Problem, torch.Tensor], torch.Tensor]] = {"output": output_loss, "gptq": gptq_loss}
+
+
+def learn(
+    problem: Problem,
+    angles: torch.Tensor,
+    objective: str,
+    optimizer: str,
+    lr: float,
+    steps: int,
+    uniformity_weight: float,
+) -> tuple[torch.Tensor, list[float]]:
+    """Train angles from where they stand.
+
+    Args:
+        angles: float32 [K/b, num_angles].
+        objective: `output` (the paper's) or `gptq`.
+        optimizer: `adam`, or `sgd` with a cosine schedule.
+        steps: most steps; stops earlier when PATIENCE steps gained less than MIN_GAIN.
+        uniformity_weight: λ of the uniformity term; 0 leaves it out.
+
+    Returns:
+        the best angles seen, rounded to float16 as they will be stored, and the loss at every step.
+    """
+    angles = angles.to(problem.weight.device).clone().requires_grad_(True)
+    if optimizer == "adam":
+        stepper = torch.optim.Adam([angles], lr=lr)
+    else:
+        stepper = torch.optim.SGD([angles], lr=lr, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepper, max(steps, 1)) if optimizer == "sgd" else None
+    losses: list[float] = []
+    best = angles.detach().clone()
+    for step in range(steps + 1):
+        loss = OBJECTIVES[objective](problem, angles)
+        if uniformity_weight:
+            loss = loss + uniformity_weight * uniformity(problem, angles)
+        losses.append(loss.item())
+        if losses[-1] <= min(losses):
+            best = angles.detach().clone()
+        converged = step >= PATIENCE and min(losses[-PATIENCE:]) > min(losses[:-PATIENCE]) * (1 - MIN_GAIN)
+        if step == steps or converged:
+            break
+        stepper.zero_grad()
+        loss.backward()
+        stepper.step()
+        if schedule:
+            schedule.step()
+    return best.half(), losses

@@ -1,0 +1,64 @@
+"""Runs vLLM engines in a process of its own: a list of jobs as JSON in, a list of answers as JSON out.
+
+A job names a model and what to do with it. Engines of one process follow each other, which saves imports; environment
+variables such as BQ_VLLM_BACKEND apply to the process.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+
+def generate(llm, job: dict, lora: str | None = None) -> list[dict]:
+    """Greedy tokens for every prompt of a job, and their log-probabilities if it wants them."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    sampling = SamplingParams(
+        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=job["logprobs"], detokenize=False
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    request = LoRARequest("adapter", 1, lora) if lora else None
+    answers = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False, lora_request=request)]
+    return [
+        {
+            "tokens": list(answer.token_ids),
+            "logprobs": [step[answer.token_ids[i]].logprob for i, step in enumerate(answer.logprobs or ())],
+        }
+        for answer in answers
+    ]
+
+
+def run(job: dict) -> dict:
+    """Start an engine, do the job, stop it. A job that `fails` returns the error's text."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 16, "enforce_eager": True}
+    options |= {"skip_tokenizer_init": True} | job.get("options", {})
+    try:
+        llm = LLM(model=job["model"], **options)
+    except Exception as error:
+        if not job.get("fails"):
+            raise
+        return {"error": str(error)}
+    answer = {"base": generate(llm, job)}
+    if lora := job.get("lora"):
+        answer["lora"] = generate(llm, job, lora)
+    for number, path in enumerate(job.get("reload", [])):
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        llm.reset_prefix_cache()
+        answer[f"reload {number}"] = generate(llm, job)
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return answer
+
+
+if __name__ == "__main__":
+    jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    out.write_text(json.dumps([run(job) for job in jobs]))

@@ -1,0 +1,251 @@
+"""Whole engines on the CPU against transformers running the independently decoded dense model."""
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="these run vLLM's CPU build"),
+]
+
+TOKENS = 6
+PROMPTS = [[5, 9, 100, 33], [7, 8, 9] * 5, [400], list(range(50, 90))]
+VARIANTS = {
+    "3 bits, zeros, bias": {"bits": 3, "zero_point": "float", "group_size": 64},
+    "4 bits, hadamard, full width": {
+        "bits": 4,
+        "kind": "hadamard",
+        "block_size": {"default": 128, "down_proj": 192},
+        "group_size": 64,
+    },
+    "a scale a row, no rotation, o_proj skipped": {
+        "group_size": -1,
+        "kind": "none",
+        "skip": ("lm_head", "o_proj"),
+    },
+}
+
+
+def environment(folder: Path, **variables: str) -> dict[str, str]:
+    """Variables for a process that runs vLLM: offline, on the CPU, with our plugin only.
+
+    All processes share a cache: what one backend compiled must not be run by another.
+    """
+    ours = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_PLUGINS": "butterfly",
+        "VLLM_CACHE_ROOT": str(folder.parent / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    inherited = {k: v for k, v in os.environ.items() if k not in ("BQ_VLLM_BACKEND", "TRITON_INTERPRET")}
+    return inherited | ours | variables
+
+
+def run_engines(folder: Path, jobs: list[dict], **variables: str) -> tuple[list[dict], str]:
+    """Run jobs in a process of their own; returns the answers and everything that it printed."""
+    source, out = folder / "jobs.json", folder / "answers.json"
+    source.write_text(json.dumps([{"prompts": PROMPTS, "max_tokens": TOKENS, "logprobs": 0} | job for job in jobs]))
+    process = subprocess.run(
+        [sys.executable, Path(__file__).with_name("engine.py"), source, out],
+        env=environment(folder, **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+    )
+    assert process.returncode == 0, process.stdout[-6000:]
+    return json.loads(out.read_text()), process.stdout
+
+
+def expected(state: dict[str, torch.Tensor], bias: bool = False) -> list[dict]:
+    """What transformers generates greedily with a dense state dict."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = tiny.model_config(bias)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32).eval()
+    model.load_state_dict(state)
+    answers = []
+    for prompt in PROMPTS:
+        tokens, logprobs = list(prompt), []
+        for _ in range(TOKENS):
+            with torch.no_grad():
+                step = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+            tokens.append(int(step.argmax()))
+            logprobs.append(float(step.max()))
+        answers.append({"tokens": tokens[len(prompt) :], "logprobs": logprobs})
+    return answers
+
+
+def assert_same(found: list[dict], wanted: list[dict], atol: float = 0.05) -> None:
+    """Same tokens, and log-probabilities that close if there are any.
+
+    The default is what vLLM's attention on the CPU leaves between its own unquantized model and transformers.
+    """
+    assert [answer["tokens"] for answer in found] == [answer["tokens"] for answer in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        assert one["logprobs"] == pytest.approx(other["logprobs"][: len(one["logprobs"])], abs=atol)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    return tiny.write_lora(tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="module")
+def wanted(base) -> list[dict]:
+    return expected(tiny.decode(base))
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("variants")
+    return {
+        name: tiny.write_checkpoint(folder / str(i), tiny.quant_config(**options), bias="bias" in name)
+        for i, (name, options) in enumerate(VARIANTS.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory, base, other, adapter, variants) -> dict[str, dict]:
+    """Everything that the default backend of a CPU answers, from one process."""
+    folder = tmp_path_factory.mktemp("dense")
+    unquantized = tiny.write_dense(folder / "unquantized", tiny.decode(base))
+    jobs = {
+        "base": {"model": str(base), "reload": [str(other), str(base)]},
+        "unquantized": {"model": str(unquantized)},
+        "lora": {"model": str(base), "lora": str(adapter), "options": {"enable_lora": True, "max_lora_rank": 8}},
+        "dummy": {"model": str(base), "options": {"load_format": "dummy", "quantization": "butterfly"}},
+        "no config": {"model": str(unquantized), "options": {"quantization": "butterfly"}, "fails": True},
+    } | {name: {"model": str(path)} for name, path in variants.items()}
+    # without dynamo, vLLM does not compile its sampler either
+    found, _ = run_engines(folder, [*jobs.values()], VLLM_ENABLE_V1_MULTIPROCESSING="0", TORCHDYNAMO_DISABLE="1")
+    return dict(zip(jobs, found, strict=True))
+
+
+def test_generation(answers, wanted):
+    assert_same(answers["base"]["base"], wanted)
+    assert_same(answers["base"]["base"], answers["unquantized"]["base"], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_formats(answers, variants, name):
+    assert_same(answers[name]["base"], expected(tiny.decode(variants[name]), bias="bias" in name))
+
+
+def test_reload(answers, wanted, other):
+    assert_same(answers["base"]["reload 0"], expected(tiny.decode(other)))
+    assert answers["base"]["reload 1"] == answers["base"]["base"]
+
+
+def test_lora(answers, base, adapter, wanted):
+    assert_same(answers["lora"]["base"], wanted)
+    assert_same(answers["lora"]["lora"], expected(tiny.merge_lora(tiny.decode(base), adapter)))
+
+
+def test_dummy_weights(answers):
+    assert [len(answer["tokens"]) for answer in answers["dummy"]["base"]] == [TOKENS] * len(PROMPTS)
+
+
+def test_model_without_quantization_config(answers):
+    assert "Cannot find the config file for butterfly" in answers["no config"]["error"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_other_backends(tmp_path, base, other, wanted, backend):
+    """Traced by torch.compile as one graph, and run eagerly (VLLM_CPU_CI_ENV), which saves compiling it."""
+    if backend == "triton" and find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    job = {"model": str(base), "options": {"enforce_eager": False}, "reload": [str(other)]}
+    # few and without log-probabilities, since an interpreted kernel is slow, and so is compiling vLLM's sampler
+    job |= {"prompts": PROMPTS[:2], "max_tokens": 3, "logprobs": None}
+    variables = {"BQ_VLLM_BACKEND": backend, "VLLM_CPU_CI_ENV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if backend == "triton":
+        variables["TRITON_INTERPRET"] = "1"
+    [answer], _ = run_engines(tmp_path, [job], **variables)
+    for found, state in (("base", wanted), ("reload 0", expected(tiny.decode(other)))):
+        assert [one["tokens"] for one in answer[found]] == [one["tokens"][:3] for one in state[:2]]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory, base) -> tuple[list[dict], str]:
+    """Engines in processes of their own, as users start them: two ranks, and checkpoints that are refused."""
+    folder = tmp_path_factory.mktemp("processes")
+    name = "model.layers.1.self_attn.k_proj.scales"
+    missing = tiny.write_checkpoint(folder / "missing", edits={name: None})
+    unknown = tiny.write_checkpoint(folder / "unknown", table=tiny.quant_config().to_dict() | {"sign": "random"})
+    jobs = [
+        {"model": str(base), "options": {"tensor_parallel_size": 2}},
+        {"model": str(unknown), "fails": True},
+        {"model": str(missing), "fails": True},
+    ]
+    return run_engines(folder, jobs, VLLM_CPU_OMP_THREADS_BIND="0|1", TORCHDYNAMO_DISABLE="1")
+
+
+def test_tensor_parallel(processes, wanted):
+    assert_same(processes[0][0]["base"], wanted)
+
+
+def test_errors_reach_the_user(processes):
+    (_, unknown, *_), printed = processes
+    assert "unknown key 'sign'" in unknown["error"]
+    assert "model.layers.1.self_attn.k_proj.scales: missing from the checkpoint; expected torch.float16" in printed
+
+
+def test_sixteen_clients(tmp_path, base, wanted):
+    """The server as users start it: with torch.compile, in 16-bit or, as here for comparison, in 32-bit floats."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--skip-tokenizer-init", "--dtype", "float32", "--max-model-len", "128"]
+
+    def complete(prompt: list[int]) -> list[int]:
+        body = {"model": str(base), "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+        body |= {"ignore_eos": True, "return_token_ids": True, "detokenize": False}
+        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return json.load(reply)["choices"][0]["token_ids"]
+
+    with (tmp_path / "log").open("w+") as log:
+        server = subprocess.Popen(command, env=environment(tmp_path), stdout=log, stderr=log)
+        try:
+            for _ in range(300):
+                assert server.poll() is None, (tmp_path / "log").read_text()[-6000:]
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                    break
+                time.sleep(1)
+            prompts = list(itertools.islice(itertools.cycle(PROMPTS), 16))
+            with ThreadPoolExecutor(16) as pool:
+                found = list(pool.map(complete, prompts))
+        finally:
+            server.terminate()
+            server.wait(60)
+    assert found == [answer["tokens"] for answer in itertools.islice(itertools.cycle(wanted), 16)]

@@ -1,0 +1,217 @@
+"""Tiny random butterfly checkpoints, and their decoding written straight from the format's description.
+
+Neither uses bq_calibration; the decoding does not use bq_kernels either.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import torch
+from bq_kernels.format import QuantConfig, RotationConfig
+from bq_kernels.packing import pack
+from safetensors.torch import load_file, save_file
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 128, 192, 2, 4, 2, 512
+HEAD = HIDDEN // HEADS
+LINEARS = {
+    "self_attn.q_proj": (HEADS * HEAD, HIDDEN),
+    "self_attn.k_proj": (KV_HEADS * HEAD, HIDDEN),
+    "self_attn.v_proj": (KV_HEADS * HEAD, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HEADS * HEAD),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+SHARED_INPUT = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+
+
+def quant_config(bits=2, group_size=32, zero_point="midrise", kind="butterfly", block_size=None, skip=("lm_head",)):
+    """By default what two tensor-parallel ranks can share, with 96 = 2⁵·3 as a composite block."""
+    return QuantConfig(
+        bits, group_size, zero_point, RotationConfig(kind, block_size or {"default": 64, "down_proj": 96}), skip
+    )
+
+
+def random_tensors(quant: QuantConfig, bias: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Tensors of a random model in the format: random codes, scales and angles."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN, generator=g),
+        "model.norm.weight": torch.rand(HIDDEN, generator=g) + 0.5,
+        "lm_head.weight": torch.randn(VOCABULARY, HIDDEN, generator=g) * 0.3,
+    }
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = torch.rand(HIDDEN, generator=g) + 0.5
+        for name, (rows, columns) in LINEARS.items():
+            module = prefix + name
+            if name.rsplit(".", 1)[-1] in quant.modules_to_not_convert:
+                tensors[f"{module}.weight"] = torch.randn(rows, columns, generator=g) / columns**0.5
+                continue
+            for suffix, spec in quant.tensors(module, columns, rows).items():
+                if suffix == "qweight":
+                    value = pack(torch.randint(0, 1 << quant.bits, (rows, columns), generator=g), quant.bits)
+                elif suffix == "scales":
+                    spread = ((4**quant.bits - 1) / 12) ** 0.5  # of uniform codes
+                    value = (0.5 + torch.rand(spec.shape, generator=g)) / (spread * columns**0.5)
+                elif suffix == "zeros":
+                    value = (2**quant.bits - 1) / 2 + 0.5 * torch.randn(spec.shape, generator=g)
+                else:
+                    value = math.pi * (2 * torch.rand(spec.shape, generator=g) - 1)
+                tensors[f"{module}.{suffix}"] = value.to(spec.dtype)
+            if bias and name in SHARED_INPUT[0]:
+                tensors[f"{module}.bias"] = torch.randn(rows, generator=g)
+        for first, *others in SHARED_INPUT:
+            if (angles := tensors.get(f"{prefix}{first}.angles")) is not None:
+                tensors.update({f"{prefix}{other}.angles": angles.clone() for other in others})
+    return tensors
+
+
+def model_config(bias: bool = False) -> dict:
+    """config.json of the model without its quantization."""
+    return {
+        "architectures": ["Qwen2ForCausalLM" if bias else "LlamaForCausalLM"],
+        "model_type": "qwen2" if bias else "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": "float32",
+    }
+
+
+def write_checkpoint(
+    path: Path,
+    quant: QuantConfig | None = None,
+    *,
+    bias: bool = False,
+    seed: int = 0,
+    table: dict | None = None,
+    edits: dict[str, torch.Tensor | None] | None = None,
+) -> Path:
+    """Write a checkpoint directory.
+
+    Args:
+        path: the directory.
+        quant: the format; `quant_config()` by default.
+        bias: whether q, k and v have biases (Qwen2 instead of Llama).
+        seed: seed of the weights.
+        table: replaces `quantization_config` in config.json, to write bad ones.
+        edits: tensors to replace, by name; None removes one.
+    """
+    quant = quant or quant_config()
+    tensors = random_tensors(quant, bias, seed) | (edits or {})
+    config = model_config(bias) | {"quantization_config": table or quant.to_dict()}
+    return _write(path, {name: value for name, value in tensors.items() if value is not None}, config)
+
+
+def write_dense(path: Path, state: dict[str, torch.Tensor]) -> Path:
+    """Write an unquantized checkpoint directory."""
+    return _write(path, state, model_config())
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], config: dict) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def write_lora(path: Path, rank: int = 8, seed: int = 7) -> Path:
+    """Write a random LoRA adapter for every linear layer."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer, (name, (rows, columns)) in itertools.product(range(LAYERS), LINEARS.items()):
+        prefix = f"base_model.model.model.layers.{layer}.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, columns, generator=g) / columns**0.5
+        tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, rank, generator=g) / rank**0.5
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / "adapter_model.safetensors")
+    targets = [name.rsplit(".", 1)[-1] for name in LINEARS]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets}
+    (path / "adapter_config.json").write_text(json.dumps(config | {"bias": "none", "lora_dropout": 0.0}))
+    return path
+
+
+def merge_lora(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """A dense state dict with an adapter of `write_lora` added in."""
+    adapter = load_file(path / "adapter_model.safetensors")
+    merged = dict(state)
+    for name in state:
+        module = "base_model.model." + name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in adapter:
+            merged[name] = state[name] + adapter[f"{module}.lora_B.weight"] @ adapter[f"{module}.lora_A.weight"]
+    return merged
+
+
+def butterfly_matrix(angles: list[float], size: int) -> torch.Tensor:
+    """Q of one block in float64, a Givens rotation at a time, from its angles in stored order."""
+    run = size & -size
+    runs = size // run
+    pairs = [[(p, p + (1 << j)) for p in range(size) if not p >> j & 1] for j in range(run.bit_length() - 1)]
+    # run numbers sit above the bits that a layer looks at, so p and p + 2ʲ are in the same run
+    across = [[(r * run + c, s * run + c) for c in range(run)] for r, s in itertools.combinations(range(runs), 2)]
+    q, angle = torch.eye(size, dtype=torch.float64), iter(angles)
+    for first, second in itertools.chain.from_iterable(pairs):
+        theta = next(angle)
+        x, y = q[first].clone(), q[second].clone()
+        q[first], q[second] = math.cos(theta) * x - math.sin(theta) * y, math.sin(theta) * x + math.cos(theta) * y
+    for rotated in across:
+        phi = next(angle)
+        for first, second in rotated:
+            x, y = q[first].clone(), q[second].clone()
+            q[first], q[second] = math.cos(phi) * x - math.sin(phi) * y, math.sin(phi) * x + math.cos(phi) * y
+    assert next(angle, None) is None
+    return q
+
+
+def decode(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """State dict of the dense float32 model that a checkpoint stands for: W = W′ Q, W′ = s·(q − z).
+
+    Args:
+        path: the checkpoint.
+        prefix: decode only what begins with it.
+    """
+    table = json.loads((path / "config.json").read_text())["quantization_config"]
+    bits, rotation = table["bits"], table["rotation"]
+    tensors = load_file(path / "model.safetensors")
+    tensors = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+    state = {name: value for name, value in tensors.items() if name.endswith((".weight", ".bias"))}
+    for name in tensors:
+        if not name.endswith(".qweight"):
+            continue
+        module = name.removesuffix(".qweight")
+        words = tensors[name].tolist()
+        streams = [sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(row)) for row in words]
+        columns = tensors[name].shape[1] * 32 // bits
+        codes = [[stream >> (bits * k) & ((1 << bits) - 1) for k in range(columns)] for stream in streams]
+        scales = tensors[f"{module}.scales"].double()
+        zeros = (
+            tensors[f"{module}.zeros"].double() if table["zero_point"] == "float" else torch.tensor((2**bits - 1) / 2)
+        )
+        group = columns // scales.shape[1]
+        weight = torch.tensor(codes, dtype=torch.float64)
+        weight -= zeros.expand_as(scales).repeat_interleave(group, dim=1)
+        weight *= scales.repeat_interleave(group, dim=1)
+        if rotation["kind"] != "none":
+            block = rotation["block_size"].get(module.rsplit(".", 1)[-1], rotation["block_size"]["default"])
+            if rotation["kind"] == "butterfly":
+                angles = tensors[f"{module}.angles"].double().tolist()
+            else:
+                run = block & -block
+                layers, across = run.bit_length() - 1, block // run * (block // run - 1) // 2
+                angles = [[math.pi / 4] * (layers * block // 2) + [0.0] * across] * (columns // block)
+            weight = weight @ torch.block_diag(*(butterfly_matrix(row, block) for row in angles))
+        state[f"{module}.weight"] = weight.float()
+    return state
