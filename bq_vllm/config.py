@@ -133,4 +133,4 @@ class ButterflyConfig(QuantizationConfig):
         if rotation.kind != "none" and len({rotation.block(module) for module in modules}) > 1:
             blocks = {part: rotation.block(module) for part, module in zip(parts, modules, strict=True)}
             raise FormatError(f"{prefix}: vLLM fuses layers that share an input, so their rotation blocks: {blocks}")
-        return ButterflyLinearMethod(self.quant, prefix, modules)
+        return ButterflyLinearMethod(self.quant, modules)

@@ -138,12 +138,11 @@ class ButterflyLinearMethod(LinearMethodBase):
 
     Args:
         config: the checkpoint's format.
-        prefix: name of the layer in vLLM.
         modules: names of the layers in the checkpoint that it fuses.
     """
 
-    def __init__(self, config: QuantConfig, prefix: str, modules: list[str]) -> None:
-        self.config, self.prefix, self.modules = config, prefix, modules
+    def __init__(self, config: QuantConfig, modules: list[str]) -> None:
+        self.config, self.modules = config, modules
         self.block_size = config.rotation.block(modules[0]) if config.rotation.kind != "none" else 0
         self.backend = select_backend()
         if self.backend == "dense":
@@ -174,13 +173,13 @@ class ButterflyLinearMethod(LinearMethodBase):
         copies = [1, *[getattr(layer, "num_kv_head_replicas", 1)] * (partitions - 1)]
         layer.butterfly = LayerTensors(
             self.config,
-            self.modules if len(self.modules) == partitions else [self.prefix] * partitions,
+            self.modules if len(self.modules) == partitions else self.modules[:1] * partitions,
             [size * ranks // n for size, n in zip(output_partition_sizes, copies, strict=True)],
             input_size,
         )
         layer.weight_loader = MethodType(load_other, layer)
         layer.butterfly.specs(list(range(partitions)))  # refuses groups and blocks that do not divide
-        check_shard(self.prefix, self.config, input_size, input_size_per_partition)
+        check_shard(self.modules[0], self.config, input_size, input_size_per_partition)
 
         loader = MethodType(load_tensor, layer)
         shard = self.config.tensors(self.modules[0], input_size_per_partition, sum(output_partition_sizes))

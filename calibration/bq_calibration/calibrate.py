@@ -29,13 +29,18 @@ from .checkpoint import export, write_json, write_tensors
 from .data import calibration_tokens, sampled_tokens
 from .errors import UserError
 from .model import SourceModel
-from .quantize import Quantized, output_error, round_gptq, round_nearest
+from .quantize import Quantized, output_error, refine, round_gptq, round_nearest
 from .recipes import Recipe, quant_config
-from .rotation import Problem, initial_angles, learn, rotate_hessian
+from .rotation import MOST_ROWS, Problem, Turn, initial_angles, learn
 from .report import write_report
 
 TOKENS_PER_BATCH = 4096
 SAMPLE_TOKENS = 1024  # inputs kept for statistics and for the uniformity term
+
+
+def _spread(x: torch.Tensor, most: int) -> torch.Tensor:
+    """At most `most` rows of x, evenly spread."""
+    return x[:: max(1, len(x) // most)][:most].clone()
 
 
 class _InputReached(Exception):
@@ -117,7 +122,7 @@ class Calibration:
     def _staging_folder(self):
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise UserError(f"{self.out} exists and is not empty; choose another output folder or remove it")
-        settings = json.loads(json.dumps({"model": str(self.source.folder.resolve()), **self.recipe.to_dict()}))
+        settings = {"model": str(self.source.folder.resolve()), **self.recipe.to_dict()}
         record = self.staging / "settings.json"
         if self.staging.exists() and not self.resume and record.exists():
             raise UserError(f"{self.staging} holds an unfinished run; continue it with --resume, or remove the folder")
@@ -191,7 +196,7 @@ class Calibration:
             nonlocal count
             x = args[0].reshape(-1, layer.in_features).float()
             hessian.addmm_(x.T, x)
-            kept.append(x[:: max(1, len(x) // 64)][:64])
+            kept.append(_spread(x, 64))
             count += len(x)
             raise _InputReached
 
@@ -200,14 +205,15 @@ class Calibration:
             forward()
         finally:
             handle.remove()
-        inputs = torch.cat(kept)
-        return hessian / count, inputs[:: max(1, len(inputs) // SAMPLE_TOKENS)][:SAMPLE_TOKENS]
+        return hessian / count, _spread(torch.cat(kept), SAMPLE_TOKENS)
 
     def _round(self, weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
         group = self.config.group(weight.shape[1])
         if self.recipe.rounding == "gptq":
-            return round_gptq(weight, hessian, self.recipe.bits, group, self.recipe.zero_point)
-        return round_nearest(weight, self.recipe.bits, group, self.recipe.zero_point)
+            rounded = round_gptq(weight, hessian, self.recipe.bits, group, self.recipe.zero_point)
+        else:
+            rounded = round_nearest(weight, self.recipe.bits, group, self.recipe.zero_point)
+        return refine(rounded, weight, hessian, self.recipe.refine)
 
     def _quantize_block(
         self, block: nn.Module, index: int, forward: Callable
@@ -248,7 +254,14 @@ class Calibration:
         rotations: dict[str, torch.Tensor | None] = {"none": None, "hadamard": hadamard}
         if kind == "butterfly":
             generator = torch.Generator().manual_seed(seed)
-            problem = Problem(weight, hessian, inputs, block_size, recipe.bits, self.config.group(features))
+            problem = Problem(
+                _spread(weight, MOST_ROWS),
+                hessian,
+                _spread(inputs, MOST_ROWS // 4),
+                block_size,
+                recipe.bits,
+                self.config.group(features),
+            )
             start = initial_angles(recipe.init, features, block_size, generator)
             rotations[kind], losses = learn(
                 problem, start, recipe.objective, recipe.optimizer, recipe.lr, recipe.steps, recipe.uniformity
@@ -257,8 +270,8 @@ class Calibration:
         for name, angles in rotations.items():
             turned, turned_hessian = weight, hessian
             if angles is not None:
-                turned = rotate(weight, angles, block_size)
-                turned_hessian = rotate_hessian(hessian, angles, block_size)
+                turn = Turn(angles.float(), block_size)
+                turned, turned_hessian = turn.forward(weight), turn.hessian(hessian)
             rounded = self._round(turned, turned_hessian)
             errors[name] = output_error(turned, rounded.weight(), turned_hessian)
             if name == kind:

@@ -8,7 +8,8 @@ import torch
 from bq_kernels.packing import pack
 
 DAMPING = 0.01  # share of the mean diagonal added to a Hessian before it is factored (GPTQ's percdamp)
-_CLIP_GRID = torch.linspace(0.30, 1.0, 29)
+_CLIP_GRID = [0.30 + 0.05 * n for n in range(15)]
+_ZERO_SHIFTS = (-0.5, -0.25, 0.0, 0.25, 0.5)
 _SMALLEST = 2.0**-24  # smallest positive float16: the scale of a group of zeros
 
 
@@ -54,7 +55,7 @@ def search_scale(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale (and float zero) of every group that give the least weighted squared error under nearest rounding.
 
-    A grid over the clipping range, then least squares for the scale (and zero) with the codes held, twice. Min-max
+    A grid over the clipping range, then least squares for the scale (and zero) with the codes held, four times. Min-max
     scales lose a factor of about two in error at 2 bits.
 
     Args:
@@ -85,13 +86,15 @@ def search_scale(
         scales = torch.where(better, scale, scales)
         zeros = None if zero is None else torch.where(better, zero, zeros)
 
-    for clip in _CLIP_GRID.tolist():
+    for clip in _CLIP_GRID:
         if zero_point == "midrise":
             keep_better(clip * reach * 2 / top, None)
         else:
             scale = clip * (high - low) / top
-            keep_better(scale, top / 2 - (high + low) / 2 / scale.clamp(min=_SMALLEST))
-    for _ in range(2):
+            centre = top / 2 - (high + low) / 2 / scale.clamp(min=_SMALLEST)
+            for shift in _ZERO_SHIFTS:
+                keep_better(scale, centre + shift)
+    for _ in range(4):
         codes = _nearest(w, scales, zeros, bits)
         if zero_point == "midrise":
             centred = codes - top / 2
@@ -153,6 +156,83 @@ def round_gptq(w: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, ze
     return Quantized(
         codes.T.contiguous(), torch.cat(all_scales, 1), torch.cat(all_zeros, 1) if all_zeros else None, bits
     )
+
+
+def refine(q: Quantized, w: torch.Tensor, hessian: torch.Tensor, sweeps: int) -> Quantized:
+    """Lower the output error of a rounded weight: coordinate descent over the codes, then least squares for the scales.
+
+    Every code moves to its best value with all others held (as QuantEase, arXiv 2309.01885, does), column by column;
+    then the scales of a row, together with its float zeros, solve their normal equations with the codes held. Each
+    step can only lower tr(E H Eᵀ), but for the rounding of scales to float16.
+
+    Args:
+        q: the rounded weight to start from.
+        w: float32 [N, K].
+        hessian: float32 [K, K] in the same basis.
+        sweeps: how often; 0 returns `q`.
+    """
+    hessian = damped(hessian)
+    for _ in range(sweeps):
+        q = _descend_codes(q, w, hessian)
+        q = _solve_scales(q, w, hessian)
+    return q
+
+
+def _descend_codes(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quantized:
+    group = w.shape[1] // q.scales.shape[1]
+    codes, rounded, top = q.codes.T.contiguous(), q.weight().T.contiguous(), 2**q.bits - 1
+    pull = hessian @ (w.T - rounded)  # −½ gradient by every weight
+    for start in range(0, w.shape[1], group):
+        part = slice(start, start + group)
+        scale = q.scales[:, start // group].float()
+        zero = top / 2 if q.zeros is None else q.zeros[:, start // group].float()
+        local, near, before = pull[part].clone(), hessian[part, part], rounded[part].clone()
+        for j in range(group):
+            wanted = rounded[start + j] + local[j] / near[j, j]
+            code = (wanted / scale + zero).round_().clamp_(0, top)
+            value = scale * (code - zero)
+            local -= near[:, j, None] * (value - rounded[start + j])
+            codes[start + j], rounded[start + j] = code, value
+        pull -= hessian[:, part] @ (rounded[part] - before)
+    return Quantized(codes.T.contiguous(), q.scales, q.zeros, q.bits)
+
+
+def _solve_scales(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quantized:
+    (rows, columns), groups = w.shape, q.scales.shape[1]
+    group, top = columns // groups, 2**q.bits - 1
+    codes = q.codes.float().view(rows, groups, group)
+    # a row is Σ over parts of coefficient · basis: centred codes by s, and with float zeros also ones by −s·(z − top/2)
+    bases = [codes - top / 2] if q.zeros is None else [codes - top / 2, torch.ones_like(codes)]
+    blocks = hessian.view(groups, group, columns)
+    projected = [torch.einsum("ngi,gik->ngk", basis, blocks) for basis in bases]  # basis · H, [N, groups, K]
+    normal = torch.cat(
+        [
+            torch.cat([torch.einsum("ngkj,nkj->ngk", p.unflatten(2, (groups, group)), b) for b in bases], 2)
+            for p in projected
+        ],
+        1,
+    )
+    target = torch.cat([torch.einsum("ngk,nk->ng", p, w) for p in projected], 1)
+    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-30
+    solution = torch.linalg.solve(normal + ridge * torch.eye(normal.shape[1], device=w.device), target)
+    scales = solution[:, :groups]
+    usable = (scales > 0.25 * q.scales.float()) & (scales < 4 * q.scales.float())  # else the system was near singular
+    new_scales = torch.where(usable, scales, q.scales.float()).clamp(_SMALLEST, 65504.0).half()
+    new_zeros = q.zeros
+    if q.zeros is not None:
+        zeros = top / 2 - solution[:, groups:] / scales
+        usable &= zeros.abs() < 1e4
+        new_scales = torch.where(usable, new_scales, q.scales)
+        new_zeros = torch.where(usable, zeros, q.zeros.float()).half()
+    solved = Quantized(q.codes, new_scales, new_zeros, q.bits)
+
+    def error(candidate):
+        delta = candidate.weight() - w
+        return ((delta @ hessian) * delta).sum(1, keepdim=True)
+
+    better = error(solved) < error(q)
+    zeros = None if q.zeros is None else torch.where(better, new_zeros, q.zeros)
+    return Quantized(q.codes, torch.where(better, new_scales, q.scales), zeros, q.bits)
 
 
 def output_error(w: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -21,6 +21,7 @@ class Recipe:
         objective: what the angles minimise: `output`, the paper's ‖W x − W′_q Q x‖² through a straight-through
             quantizer, or `gptq`, the error to expect of GPTQ.
         uniformity: weight λ of the paper's uniformity term.
+        refine: sweeps of coordinate descent over codes and least squares for scales after rounding.
         tensor_parallel: rotation blocks and groups of row-parallel layers stay inside a shard at this many GPUs.
     """
 
@@ -36,6 +37,7 @@ class Recipe:
     steps: int = 60
     uniformity: float = 0.0
     rounding: str = "gptq"
+    refine: int = 0
     tensor_parallel: int = 1
     dataset: str = "c4"
     samples: int = 128
@@ -49,7 +51,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     # what is best within a few minutes on two cores
-    "fast": Recipe(samples=64, seqlen=512),
+    "fast": Recipe(steps=20, refine=4, samples=64, seqlen=512),
     # arXiv 2509.09679: full width, identity start, Adam at 0.01 for at most 500 steps, uniformity on, 128 samples
     "paper": Recipe(
         rotation_block=None,
@@ -86,7 +88,7 @@ def make_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
         if getattr(recipe, field) not in allowed:
             flag = field.replace("_", "-")
             raise UserError(f"--{flag} {getattr(recipe, field)}: expected one of {', '.join(map(str, allowed))}")
-    for field, least in {"samples": 1, "seqlen": 2, "steps": 0, "tensor_parallel": 1}.items():
+    for field, least in {"samples": 1, "seqlen": 2, "steps": 0, "refine": 0, "tensor_parallel": 1}.items():
         if getattr(recipe, field) < least:
             raise UserError(f"--{field.replace('_', '-')}: expected at least {least}")
     if not recipe.lr > 0:

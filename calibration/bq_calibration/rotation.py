@@ -9,11 +9,12 @@ from functools import cached_property
 
 import torch
 from bq_kernels.format import num_angles
-from bq_kernels.reference import hadamard_angles, rotate
+from bq_kernels.reference import apply_rotation, givens_tables, hadamard_angles, undo_rotation
 
 from .quantize import damped
 
-PATIENCE, MIN_GAIN = 50, 1e-3  # stop when 50 steps have lowered the loss by less than 0.1 %
+PATIENCE, MIN_GAIN = 50, 0.01  # stop when 50 steps have lowered the loss by less than 1 %
+MOST_ROWS = 256  # rows of the weight that a step looks at; a quarter as many tokens for the uniformity term
 DENSE_BLOCK = 128  # up to this size a block is trained as a dense matrix
 # step and mean squared error of the best uniform quantizer of a unit Gaussian, by bits (Max, 1960)
 _GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
@@ -56,35 +57,50 @@ def initial_angles(kind: str, features: int, block_size: int, generator: torch.G
     return (2 * torch.rand(shape, generator=generator) - 1) * math.pi
 
 
-def turn(x: torch.Tensor, angles: torch.Tensor, block_size: int) -> torch.Tensor:
-    """`reference.rotate` for training: small blocks as one batched matrix product, which autograd does much faster.
+class Turn:
+    """A rotation at one set of angles, made for training: tables are built once, small blocks are dense matrices.
 
     Args:
-        x: float32 [rows, K].
-
-    Returns:
-        Q x for every row, float32 [rows, K].
+        angles: float32 [K/b, num_angles].
+        block_size: b; up to DENSE_BLOCK one batched matrix product does what autograd would do stage by stage.
     """
-    if block_size > DENSE_BLOCK:
-        return rotate(x, angles, block_size)
-    blocks = len(angles)
-    units = torch.eye(block_size, device=x.device).repeat(1, blocks)
-    transposed = rotate(units, angles, block_size).unflatten(1, (blocks, block_size)).transpose(0, 1)  # Qᵀ by block
-    return (x.unflatten(1, (blocks, block_size)).transpose(0, 1) @ transposed).transpose(0, 1).flatten(1)
+
+    def __init__(self, angles: torch.Tensor, block_size: int):
+        self.tables = givens_tables(angles, block_size)
+        self.transposed = None  # Qᵀ of every block, [blocks, b, b]
+        if block_size <= DENSE_BLOCK:
+            units = torch.eye(block_size, device=angles.device).repeat(1, len(angles))
+            rotated = apply_rotation(units, *self.tables)
+            self.transposed = rotated.unflatten(1, (len(angles), block_size)).transpose(0, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Q x for every row of float32 [rows, K]."""
+        if self.transposed is None:
+            return apply_rotation(x, *self.tables)
+        return _by_block(x, self.transposed)
+
+    def back(self, x: torch.Tensor) -> torch.Tensor:
+        """Qᵀ x for every row of float32 [rows, K]."""
+        if self.transposed is None:
+            return undo_rotation(x, *self.tables)
+        return _by_block(x, self.transposed.mT)
+
+    def hessian(self, hessian: torch.Tensor) -> torch.Tensor:
+        """Q H Qᵀ of float32 [K, K]."""
+        return self.forward(self.forward(hessian).T)
 
 
-def rotate_hessian(hessian: torch.Tensor, angles: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Q H Qᵀ."""
-    return turn(turn(hessian, angles, block_size).T, angles, block_size)
+def _by_block(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    return (x.unflatten(1, matrices.shape[:2]).transpose(0, 1) @ matrices).transpose(0, 1).flatten(1)
 
 
-def output_loss(problem: Problem, angles: torch.Tensor) -> torch.Tensor:
+def output_loss(problem: Problem, turn: Turn) -> torch.Tensor:
     """The paper's loss ‖W x − W′_q Q x‖², relative to ‖W x‖², through a straight-through quantizer.
 
-    Written with the Hessian it is tr(E H′ Eᵀ), E = W′ − W′_q: the same number for all calibration tokens at once. The
+    Written with the Hessian it is tr(E H Eᵀ), E = W − W′_q Q: the same number for all calibration tokens at once. The
     quantizer's step is the best one for a Gaussian of the group's size, which is differentiable.
     """
-    rotated = turn(problem.weight, angles, problem.block_size)
+    rotated = turn.forward(problem.weight)
     grouped = rotated.unflatten(1, (-1, problem.group))
     step = grouped.square().mean(-1, keepdim=True).clamp(min=1e-20).sqrt() * _GAUSSIAN_STEP[problem.bits]
     top = (2**problem.bits - 1) / 2
@@ -92,20 +108,19 @@ def output_loss(problem: Problem, angles: torch.Tensor) -> torch.Tensor:
     hard = (level + top).round().clamp(0, 2 * top) - top
     soft = level.clamp(-top, top)
     quantized = (step * (soft + (hard - soft).detach())).flatten(1)
-    error = rotated - quantized
-    loss = ((error @ rotate_hessian(problem.hessian, angles, problem.block_size)) * error).sum()
-    return loss / problem.output_energy
+    error = problem.weight - turn.back(quantized)
+    return ((error @ problem.hessian) * error).sum() / problem.output_energy
 
 
-def gptq_loss(problem: Problem, angles: torch.Tensor) -> torch.Tensor:
+def gptq_loss(problem: Problem, turn: Turn) -> torch.Tensor:
     """Output error to expect of GPTQ, relative to ‖W x‖²: Σⱼ Dⱼ σ²ⱼ.
 
     Dⱼ, from H′ = L D Lᵀ, is the part of column j's error that the columns after it cannot take up; σ²ⱼ is the error of
     a Gaussian with the size of the column's group under the best mid-rise quantizer.
     """
-    rotated = turn(problem.weight, angles, problem.block_size)
+    rotated = turn.forward(problem.weight)
     energy = rotated.square().unflatten(1, (-1, problem.group)).sum(0).mean(-1).repeat_interleave(problem.group)
-    turned = rotate_hessian(damped(problem.hessian), angles, problem.block_size)
+    turned = turn.hessian(damped(problem.hessian))
     with torch.no_grad():
         factor = torch.linalg.cholesky(((turned + turned.T) / 2).flip(0, 1))
         pivots = factor.diagonal().square()
@@ -118,20 +133,20 @@ def gptq_loss(problem: Problem, angles: torch.Tensor) -> torch.Tensor:
     return _GAUSSIAN_NOISE[problem.bits] * expected / problem.output_energy
 
 
-def uniformity(problem: Problem, angles: torch.Tensor) -> torch.Tensor:
+def uniformity(problem: Problem, turn: Turn) -> torch.Tensor:
     """The paper's regulariser: KL divergence from uniform of the rotated activations' occupancy of 2^bits bins.
 
     Activations are scaled to [−1, 1] token by token and counted softly (each into its two nearest bins).
     """
     bins = 2**problem.bits
-    y = turn(problem.inputs, angles, problem.block_size)
+    y = turn.forward(problem.inputs)
     y = y / y.abs().amax(-1, keepdim=True).clamp(min=1e-12)
     position = (y + 1) / 2 * (bins - 1)
     share = torch.stack([(1 - (position - b).abs()).clamp(min=0).mean() for b in range(bins)])
     return (share * (share.clamp(min=1e-12) * bins).log()).sum()
 
 
-OBJECTIVES: dict[str, Callable[[Problem, torch.Tensor], torch.Tensor]] = {"output": output_loss, "gptq": gptq_loss}
+OBJECTIVES: dict[str, Callable[[Problem, Turn], torch.Tensor]] = {"output": output_loss, "gptq": gptq_loss}
 
 
 def learn(
@@ -164,9 +179,10 @@ def learn(
     losses: list[float] = []
     best = angles.detach().clone()
     for step in range(steps + 1):
-        loss = OBJECTIVES[objective](problem, angles)
+        turn = Turn(angles, problem.block_size)
+        loss = OBJECTIVES[objective](problem, turn)
         if uniformity_weight:
-            loss = loss + uniformity_weight * uniformity(problem, angles)
+            loss = loss + uniformity_weight * uniformity(problem, turn)
         losses.append(loss.item())
         if losses[-1] <= min(losses):
             best = angles.detach().clone()
@@ -174,7 +190,7 @@ def learn(
         if step == steps or converged:
             break
         stepper.zero_grad()
-        loss.backward()
+        (loss / losses[0]).backward()  # the same learning rate then suits every layer
         stepper.step()
         if schedule:
             schedule.step()

