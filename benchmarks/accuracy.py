@@ -54,7 +54,9 @@ def main(
         if flags is not None and not checkpoint.exists():
             _run(BIN / "bq-calibrate", model, "-o", checkpoint, "--dataset", dataset, *SAMPLES, *flags, "--resume")
         if not scores.exists():
-            _run(BIN / "bq-eval", checkpoint, "--perplexity", perplexity, "--context", context, *limit, "--json", scores)
+            _run(
+                BIN / "bq-eval", checkpoint, "--perplexity", perplexity, "--context", context, *limit, "--json", scores
+            )
         row = {"method": label, "flags": flags, "perplexity": json.loads(scores.read_text())["perplexity"]}
         if flags is not None:
             report = json.loads((checkpoint / "bq_report.json").read_text())

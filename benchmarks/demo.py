@@ -1,7 +1,7 @@
 """The demo: a small real model, calibrated to 2 bits, served by vLLM beside its 16-bit original.
 
-    python benchmarks/demo.py FOLDER            the whole demo; what FOLDER already holds is used again
-    python benchmarks/demo.py FOLDER generate MODEL OUT.json
+python benchmarks/demo.py FOLDER            the whole demo; what FOLDER already holds is used again
+python benchmarks/demo.py FOLDER generate MODEL OUT.json
 """
 
 from __future__ import annotations
@@ -121,9 +121,7 @@ def main(folder: Path) -> None:
         f"perplexity, Python's language reference, {windows}",
         *(f"{result['perplexity']['value']:.2f}" for result in results.values()),
     )
-    table.add_row(
-        "vLLM tokens/s, batch 32", *(f"{result['tokens_per_second']:.0f}" for result in results.values())
-    )
+    table.add_row("vLLM tokens/s, batch 32", *(f"{result['tokens_per_second']:.0f}" for result in results.values()))
     console.print(table)
     console.print(
         f"calibration {report['run']['wall_seconds']:.0f} s, demo {time.monotonic() - started:.0f} s; "

@@ -92,10 +92,6 @@ class ButterflyConfig(QuantizationConfig):
         names = hf_to_vllm_mapper.apply_list(list(self.quant.modules_to_not_convert))
         self.quant = replace(self.quant, modules_to_not_convert=tuple(names))
 
-    def is_skipped(self, module: str) -> bool:
-        """Whether `modules_to_not_convert` holds the module, its last part, or something that it is inside of."""
-        return any(f".{name}." in f".{module}." for name in self.quant.modules_to_not_convert)
-
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Method for a layer; None, vLLM's default, for attention and embeddings.
 
@@ -109,7 +105,7 @@ class ButterflyConfig(QuantizationConfig):
 
         # by name: the class moved and changed its name within the supported versions
         if {"FusedMoE", "RoutedExperts"} & {base.__name__ for base in type(layer).__mro__}:
-            if self.is_skipped(prefix):
+            if self.quant.skips(prefix):
                 return None
             raise FormatError(
                 f"{prefix}: experts cannot be quantized with {QUANT_METHOD!r} yet; "
@@ -121,8 +117,8 @@ class ButterflyConfig(QuantizationConfig):
         parent, _, last = prefix.rpartition(".")
         parts = self.packed_modules_mapping.get(last, [last])
         modules = [f"{parent}.{part}" if parent else part for part in parts]
-        skipped = [self.is_skipped(module) for module in modules]
-        if all(skipped) or self.is_skipped(prefix):
+        skipped = [self.quant.skips(module) for module in modules]
+        if all(skipped) or self.quant.skips(prefix):
             return UnquantizedLinearMethod()
         if any(skipped):
             raise FormatError(

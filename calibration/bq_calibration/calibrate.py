@@ -31,8 +31,8 @@ from .errors import UserError
 from .model import SourceModel
 from .quantize import Quantized, output_error, refine, round_gptq, round_nearest
 from .recipes import Recipe, quant_config
-from .rotation import MOST_ROWS, Problem, Turn, initial_angles, learn
 from .report import write_report
+from .rotation import MOST_ROWS, Problem, Turn, initial_angles, learn
 
 TOKENS_PER_BATCH = 4096
 SAMPLE_TOKENS = 1024  # inputs kept for statistics and for the uniformity term
@@ -99,7 +99,9 @@ class Calibration:
             final = self.staging / "final"
             shutil.rmtree(final, ignore_errors=True)
             export(self.source, self.staging / "blocks", self.config, self.recipe, final)
-            write_report(final, self.source.folder, self.config, self.recipe, tokens.numel(), reports, self._run_facts())
+            write_report(
+                final, self.source.folder, self.config, self.recipe, tokens.numel(), reports, self._run_facts()
+            )
             os.replace(final, self.out)
         shutil.rmtree(self.staging)
 
@@ -132,7 +134,7 @@ class Calibration:
             free = shutil.disk_usage(self.staging).free
             if free < need:
                 raise UserError(
-                    f"{self.staging.parent}: no space left: {free / 1e9:.2f} GB free, up to {need / 1e9:.2f} GB needed; "
+                    f"{self.staging.parent}: no space left: {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed; "
                     "free some or choose another output folder"
                 )
             with open(self.staging / "lock", "w") as lock:

@@ -24,7 +24,15 @@ from .model import SourceModel, TensorStore
 from .recipes import Recipe
 
 SHARD_BYTES = 2 * 10**9
-_COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "*.model")
+_COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "*.jinja",
+    "*.model",
+)
 
 
 # ---- writing
@@ -175,7 +183,7 @@ def quantized_layers(model: nn.Module, model_type: str, config: QuantConfig) -> 
         for index in range(len(model.model.layers)):
             for name in group.layers:
                 full = f"model.layers.{index}.{name}"
-                if not any(full == skip or skip in full.split(".") for skip in config.modules_to_not_convert):
+                if not config.skips(full):
                     layers[full] = (model.get_submodule(full), group)
     return layers
 

@@ -53,14 +53,18 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 def calibrate(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM, or its name on the hub.")],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
-    recipe: Annotated[str, typer.Option(help=f"Named settings: {', '.join(RECIPES)}. Other flags override it.")] = "fast",
+    recipe: Annotated[
+        str, typer.Option(help=f"Named settings: {', '.join(RECIPES)}. Other flags override it.")
+    ] = "fast",
     bits: Annotated[int | None, typer.Option(help="Bits per weight code: 2, 3 or 4.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 for the whole row.")] = None,
     zero_point: Annotated[str | None, typer.Option(help="midrise or float.")] = None,
     rotation: Annotated[str | None, typer.Option(help="butterfly, hadamard or none.")] = None,
     rotation_block: Annotated[str | None, typer.Option(help="Features that a rotation mixes, or full.")] = None,
     init: Annotated[str | None, typer.Option(help="identity, hadamard or random.")] = None,
-    objective: Annotated[str | None, typer.Option(help="What the angles minimise: output (the paper's) or gptq.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="What the angles minimise: output (the paper's) or gptq.")
+    ] = None,
     optimizer: Annotated[str | None, typer.Option(help="adam, or sgd with a cosine schedule.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the angles.")] = None,
     steps: Annotated[int | None, typer.Option(help="Most steps a rotation is trained for.")] = None,

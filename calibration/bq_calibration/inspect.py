@@ -53,7 +53,9 @@ def print_description(description: dict[str, Any], console: Console) -> None:
     if not report:
         return
     kinds = list(report["inputs"][0]["relative_output_error"])
-    table = Table("block", "layers", "kurtosis", "→", "max/RMS", "→", "skew", "→", "μ·√b", *(f"error, {k}" for k in kinds))
+    table = Table(
+        "block", "layers", "kurtosis", "→", "max/RMS", "→", "skew", "→", "μ·√b", *(f"error, {k}" for k in kinds)
+    )
     for row in report["inputs"]:
         before, after = row["inputs"]["before"], row["inputs"].get("after", {})
         cells = []

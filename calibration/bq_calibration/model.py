@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .architecture import input_groups
 from .errors import UserError
 
-
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -53,7 +52,9 @@ class TensorStore:
         self.folder = folder
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise UserError(f"{folder}: no .safetensors file; convert the weights first (nothing is ever unpickled here)")
+            raise UserError(
+                f"{folder}: no .safetensors file; convert the weights first (nothing is ever unpickled here)"
+            )
         self.file_of: dict[str, Path] = {}
         for file in files:
             try:

@@ -107,10 +107,14 @@ def quant_config(recipe: Recipe, widths: dict[InputGroup, int]) -> QuantConfig:
         UserError: if a group or a rotation block does not divide a width, or a tensor-parallel shard of one.
     """
     table: dict[str, int] = {}
-    shards = {group: width // recipe.tensor_parallel if group.row_parallel else width for group, width in widths.items()}
+    shards = {
+        group: width // recipe.tensor_parallel if group.row_parallel else width for group, width in widths.items()
+    }
     for group, width in widths.items():
         if group.row_parallel and width % recipe.tensor_parallel:
-            raise UserError(f"--tensor-parallel {recipe.tensor_parallel} does not divide {width} inputs of {group.name}")
+            raise UserError(
+                f"--tensor-parallel {recipe.tensor_parallel} does not divide {width} inputs of {group.name}"
+            )
         block = recipe.rotation_block or shards[group]
         for what, size in (("--rotation-block", block), ("--group-size", recipe.group_size)):
             if size > 0 and shards[group] % size and not (what == "--rotation-block" and recipe.rotation == "none"):

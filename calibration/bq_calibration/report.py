@@ -60,15 +60,16 @@ def write_report(
         "run": run,
     }
     write_json(folder / "bq_report.json", report)
-    _draw(folder / "report", inputs, config)
+    draw(folder / "report", inputs, config)
 
 
-def _draw(folder: Path, inputs: list[dict[str, Any]], config: QuantConfig) -> None:
+def draw(folder: Path, inputs: list[dict[str, Any]], config: QuantConfig) -> None:
+    """Draw outliers, output errors, coherence and learning curves as PNG files into a new folder."""
     folder.mkdir()
     names = list(dict.fromkeys(report["layers"] for report in inputs))
     series = {name: [report for report in inputs if report["layers"] == name] for name in names}
 
-    figure, axes = plt.subplots(3, 2, figsize=(11, 10), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(3, 2, figsize=(11, 10), sharex=True)
     for row, (key, label) in enumerate(
         (("kurtosis", "kurtosis (Gaussian: 3)"), ("max_over_rms", "max / RMS"), ("skew", "skew"))
     ):
@@ -84,10 +85,11 @@ def _draw(folder: Path, inputs: list[dict[str, Any]], config: QuantConfig) -> No
     for axis in axes[-1]:
         axis.set_xlabel("decoder block")
     figure.suptitle("Outliers of the inputs of linear layers")
-    figure.savefig(folder / "outliers.png", dpi=110)
+    figure.tight_layout()
+    figure.savefig(folder / "outliers.png", dpi=100)
     plt.close(figure)
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
     for axis, (name, reports) in zip(axes.flat, series.items(), strict=False):
         for kind in reports[0]["relative_output_error"]:
             axis.plot([r["relative_output_error"][kind] for r in reports], marker=".", label=kind)
@@ -97,21 +99,23 @@ def _draw(folder: Path, inputs: list[dict[str, Any]], config: QuantConfig) -> No
     figure.supxlabel("decoder block")
     figure.supylabel("relative output error")
     figure.suptitle(f"Error at {config.bits} bits by rotation")
-    figure.savefig(folder / "output_error.png", dpi=110)
+    figure.tight_layout()
+    figure.savefig(folder / "output_error.png", dpi=100)
     plt.close(figure)
 
     if config.rotation.kind != "none":
-        figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+        figure, axis = plt.subplots(figsize=(8, 4))
         for name, reports in series.items():
             line = axis.plot([r["coherence"] for r in reports], marker=".", label=name)[0]
             axis.axhline(reports[0]["best_coherence"], color=line.get_color(), linestyle=":", linewidth=1)
         axis.set(xlabel="decoder block", ylabel="coherence μ = max |Q_ij|", title="Coherence; dotted: 1/√b")
         axis.legend(fontsize="small")
-        figure.savefig(folder / "coherence.png", dpi=110)
+        figure.tight_layout()
+        figure.savefig(folder / "coherence.png", dpi=100)
         plt.close(figure)
 
     if inputs[0]["learning_curve"]:
-        figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+        figure, axes = plt.subplots(2, 2, figsize=(11, 7))
         for axis, (name, reports) in zip(axes.flat, series.items(), strict=False):
             for report in reports:
                 curve = report["learning_curve"]
@@ -121,5 +125,6 @@ def _draw(folder: Path, inputs: list[dict[str, Any]], config: QuantConfig) -> No
         figure.supxlabel("step")
         figure.supylabel("loss / loss at the start")
         figure.suptitle("Learning the angles; from dark (first block) to light (last)")
-        figure.savefig(folder / "learning.png", dpi=110)
+        figure.tight_layout()
+        figure.savefig(folder / "learning.png", dpi=100)
         plt.close(figure)

@@ -126,7 +126,9 @@ def gptq_loss(problem: Problem, turn: Turn) -> torch.Tensor:
         pivots = factor.diagonal().square()
         # row j of L⁻¹ is the v that minimises vᵀ H′ v = Dⱼ under vⱼ = 1, so its own derivative does not count:
         # Σ eⱼ Dⱼ has the gradient of ⟨G, H′⟩ with G = L⁻ᵀ diag(e) L⁻¹ held, much cheaper than back through the factor
-        unit = torch.linalg.solve_triangular(factor / factor.diagonal(), torch.eye(len(factor), device=factor.device), upper=False)
+        unit = torch.linalg.solve_triangular(
+            factor / factor.diagonal(), torch.eye(len(factor), device=factor.device), upper=False
+        )
         held = (unit.T @ (energy.flip(0)[:, None] * unit)).flip(0, 1)
         pivots = pivots.flip(0)
     expected = (held * turned).sum() + ((energy - energy.detach()) * pivots).sum()

@@ -182,6 +182,10 @@ class QuantConfig:
             "modules_to_not_convert": list(self.modules_to_not_convert),
         }
 
+    def skips(self, module: str) -> bool:
+        """Whether `modules_to_not_convert` holds the module, a part of its dotted name, or what it is inside of."""
+        return any(f".{name}." in f".{module}." for name in self.modules_to_not_convert)
+
     def group(self, in_features: int) -> int:
         """Columns that share a scale in a layer with `in_features` inputs."""
         return in_features if self.group_size == PER_CHANNEL else self.group_size

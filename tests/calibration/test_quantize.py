@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from bq_calibration.quantize import output_error, refine, round_gptq, round_nearest, search_scale
@@ -77,4 +79,4 @@ def test_refining_lowers_the_output_error(bits, zero_point):
     errors = [output_error(w, refine(rounded, w, hessian, n).weight(), hessian) for n in range(4)]
     assert errors[1] < 0.97 * errors[0]
     # each further sweep may lose no more than float16 scales round away
-    assert all(after <= before * 1.002 for before, after in zip(errors[1:], errors[2:], strict=False))
+    assert all(after <= before * 1.002 for before, after in itertools.pairwise(errors[1:]))

@@ -83,7 +83,9 @@ def test_uniformity_is_zero_only_for_even_occupancy():
     even = torch.linspace(-1, 1, 4).repeat(64, 24)
     problem.inputs = even
     assert uniformity(problem, Turn(angles, 32)).item() == pytest.approx(0, abs=1e-4)
-    problem.inputs = torch.cat((torch.ones(64, 1), torch.zeros(64, 95)), 1)  # one outlier: the middle bins hold nearly all
+    problem.inputs = torch.cat(
+        (torch.ones(64, 1), torch.zeros(64, 95)), 1
+    )  # one outlier: the middle bins hold nearly all
     assert uniformity(problem, Turn(angles, 32)).item() > 0.5 * math.log(2)
 
 
