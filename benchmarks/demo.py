@@ -22,8 +22,7 @@ PROMPTS = [
     "To make a good cup of tea, first",
 ]
 NEW_TOKENS = 48
-# calibration text comes from the model itself, so that the demo needs no data set
-CALIBRATE = ["--recipe", "fast", "--dataset", "self", "--samples", "32", "--seqlen", "512"]
+CALIBRATE = ["--recipe", "fast", "--samples", "32", "--seqlen", "512"]
 WINDOWS, CONTEXT = 8, 2048
 
 
@@ -49,9 +48,11 @@ def write_model(out: Path) -> None:
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out)
 
 
-def write_text(out: Path) -> None:
-    """English text that every Python brings along: its own language reference."""
-    out.write_text("\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())))
+def write_texts(calibration: Path, evaluation: Path) -> None:
+    """English text that every Python brings along, its own language reference: one half each, by topic."""
+    topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    calibration.write_text("\n\n".join(topics[::2]))
+    evaluation.write_text("\n\n".join(topics[1::2]))
 
 
 def generate(model: str, out: str) -> None:
@@ -90,11 +91,11 @@ def main(folder: Path) -> None:
     if not (original / "model.safetensors").exists():
         console.print("[bold]1. the 16-bit model")
         write_model(original)
+    calibration, text = folder / "calibration.txt", folder / "evaluation.txt"
+    write_texts(calibration, text)
     if not ours.exists():
         console.print("[bold]2. calibration")
-        run(scripts / "bq-calibrate", original, "-o", ours, *CALIBRATE, "--resume")
-    text = folder / "text.txt"
-    write_text(text)
+        run(scripts / "bq-calibrate", original, "-o", ours, "--dataset", calibration, *CALIBRATE, "--resume")
     results = {}
     for label, model in models.items():
         console.print(f"[bold]3. perplexity and generation with vLLM: {label}")

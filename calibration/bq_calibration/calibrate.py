@@ -212,10 +212,8 @@ class Calibration:
     def _round(self, weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
         group = self.config.group(weight.shape[1])
         if self.recipe.rounding == "gptq":
-            rounded = round_gptq(weight, hessian, self.recipe.bits, group, self.recipe.zero_point)
-        else:
-            rounded = round_nearest(weight, self.recipe.bits, group, self.recipe.zero_point)
-        return refine(rounded, weight, hessian, self.recipe.refine)
+            return round_gptq(weight, hessian, self.recipe.bits, group, self.recipe.zero_point)
+        return round_nearest(weight, self.recipe.bits, group, self.recipe.zero_point)
 
     def _quantize_block(
         self, block: nn.Module, index: int, forward: Callable
@@ -268,7 +266,7 @@ class Calibration:
             rotations[kind], losses = learn(
                 problem, start, recipe.objective, recipe.optimizer, recipe.lr, recipe.steps, recipe.uniformity
             )
-        errors, chosen = {}, None
+        errors, chosen, final_error = {}, None, 0.0
         for name, angles in rotations.items():
             turned, turned_hessian = weight, hessian
             if angles is not None:
@@ -277,13 +275,15 @@ class Calibration:
             rounded = self._round(turned, turned_hessian)
             errors[name] = output_error(turned, rounded.weight(), turned_hessian)
             if name == kind:
-                chosen = rounded
+                chosen = refine(rounded, turned, turned_hessian, recipe.refine)
+                final_error = output_error(turned, chosen.weight(), turned_hessian)
         angles = rotations[kind]
         report = {
             "layers": group.name,
             "in_features": features,
             "rotation_block": block_size,
             "relative_output_error": errors,
+            "refined_output_error": final_error,
             "learning_curve": losses,
             "inputs": {"before": analysis.outliers(inputs)},
         }

@@ -54,7 +54,17 @@ def print_description(description: dict[str, Any], console: Console) -> None:
         return
     kinds = list(report["inputs"][0]["relative_output_error"])
     table = Table(
-        "block", "layers", "kurtosis", "→", "max/RMS", "→", "skew", "→", "μ·√b", *(f"error, {k}" for k in kinds)
+        "block",
+        "layers",
+        "kurtosis",
+        "→",
+        "max/RMS",
+        "→",
+        "skew",
+        "→",
+        "μ·√b",
+        *(f"error, {k}" for k in kinds),
+        "refined",
     )
     for row in report["inputs"]:
         before, after = row["inputs"]["before"], row["inputs"].get("after", {})
@@ -63,5 +73,5 @@ def print_description(description: dict[str, Any], console: Console) -> None:
             cells += [f"{before[key]:.1f}", f"{after[key]:.1f}" if after else "–"]
         mu = f"{row['coherence'] / row['best_coherence']:.2f}" if "coherence" in row else "–"
         errors = (f"{row['relative_output_error'][kind]:.4f}" for kind in kinds)
-        table.add_row(str(row["block"]), row["layers"], *cells, mu, *errors)
+        table.add_row(str(row["block"]), row["layers"], *cells, mu, *errors, f"{row['refined_output_error']:.4f}")
     console.print(table)

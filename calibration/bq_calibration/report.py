@@ -55,6 +55,7 @@ def write_report(
             "mean_relative_output_error": {
                 kind: sum(r["relative_output_error"][kind] for r in inputs) / len(inputs) for kind in kinds
             },
+            "mean_refined_output_error": sum(r["refined_output_error"] for r in inputs) / len(inputs),
         },
         "inputs": inputs,
         "run": run,
@@ -93,6 +94,7 @@ def draw(folder: Path, inputs: list[dict[str, Any]], config: QuantConfig) -> Non
     for axis, (name, reports) in zip(axes.flat, series.items(), strict=False):
         for kind in reports[0]["relative_output_error"]:
             axis.plot([r["relative_output_error"][kind] for r in reports], marker=".", label=kind)
+        axis.plot([r["refined_output_error"] for r in reports], "k:", label=f"{config.rotation.kind}, refined")
         axis.set_yscale("log")
         axis.set_title(name)
         axis.legend(fontsize="small")

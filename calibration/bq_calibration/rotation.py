@@ -13,7 +13,8 @@ from bq_kernels.reference import apply_rotation, givens_tables, hadamard_angles,
 
 from .quantize import damped
 
-PATIENCE, MIN_GAIN = 50, 0.01  # stop when 50 steps have lowered the loss by less than 1 %
+# learning stops when that many steps, by objective, have lowered the loss by less than 1 %
+PATIENCE, MIN_GAIN = {"output": 50, "gptq": 5}, 0.01
 MOST_ROWS = 256  # rows of the weight that a step looks at; a quarter as many tokens for the uniformity term
 DENSE_BLOCK = 128  # up to this size a block is trained as a dense matrix
 # step and mean squared error of the best uniform quantizer of a unit Gaussian, by bits (Max, 1960)
@@ -166,7 +167,7 @@ def learn(
         angles: float32 [K/b, num_angles].
         objective: `output` (the paper's) or `gptq`.
         optimizer: `adam`, or `sgd` with a cosine schedule.
-        steps: most steps; stops earlier when PATIENCE steps gained less than MIN_GAIN.
+        steps: most steps; stops earlier when the objective's PATIENCE of steps gained less than MIN_GAIN.
         uniformity_weight: λ of the uniformity term; 0 leaves it out.
 
     Returns:
@@ -179,6 +180,7 @@ def learn(
         stepper = torch.optim.SGD([angles], lr=lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepper, max(steps, 1)) if optimizer == "sgd" else None
     losses: list[float] = []
+    patience = PATIENCE[objective]
     best = angles.detach().clone()
     for step in range(steps + 1):
         turn = Turn(angles, problem.block_size)
@@ -188,7 +190,7 @@ def learn(
         losses.append(loss.item())
         if losses[-1] <= min(losses):
             best = angles.detach().clone()
-        converged = step >= PATIENCE and min(losses[-PATIENCE:]) > min(losses[:-PATIENCE]) * (1 - MIN_GAIN)
+        converged = step >= patience and min(losses[-patience:]) > min(losses[:-patience]) * (1 - MIN_GAIN)
         if step == steps or converged:
             break
         stepper.zero_grad()

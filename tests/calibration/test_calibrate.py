@@ -10,6 +10,7 @@ from pathlib import Path
 
 import bq_calibration.hf  # noqa: F401
 import pytest
+import tiny
 import torch
 from bq_calibration import calibrate as calibrate_module
 from bq_calibration.calibrate import Calibration
@@ -18,8 +19,7 @@ from bq_calibration.data import calibration_tokens
 from bq_calibration.model import SourceModel
 from bq_calibration.recipes import make_recipe
 from rich.progress import Progress
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .conftest import CONFIGS, make_model
 
@@ -33,66 +33,12 @@ def run(model: Path, out: Path, text: Path, recipe="fast", **settings) -> Path:
     return out
 
 
-def decode(folder: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint as a dense state dict, straight from the text of the format: no code of the project."""
-    import math
-
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    stored = load_file(folder / "model.safetensors")
-    dense = {name: t for name, t in stored.items() if not name.endswith((".qweight", ".scales", ".zeros", ".angles"))}
-    bits = config["bits"]
-    for name in [n.removesuffix(".qweight") for n in stored if n.endswith(".qweight")]:
-        words = stored[f"{name}.qweight"].tolist()
-        streams = ["".join(f"{w & 0xFFFFFFFF:032b}"[::-1] for w in row) for row in words]
-        codes = torch.tensor(
-            [[int(s[i : i + bits][::-1], 2) for i in range(0, len(s), bits)] for s in streams], dtype=torch.float64
-        )
-        columns = codes.shape[1]
-        scales = stored[f"{name}.scales"].double()
-        group = columns // scales.shape[1]
-        zeros = stored.get(f"{name}.zeros")
-        zeros = torch.full_like(scales, (2**bits - 1) / 2) if zeros is None else zeros.double()
-        weight = scales.repeat_interleave(group, 1) * (codes - zeros.repeat_interleave(group, 1))
-        if config["rotation"]["kind"] != "none":
-            sizes = config["rotation"]["block_size"]
-            b = sizes.get(name.rsplit(".", 1)[-1], sizes["default"])
-            m, k = b, 0
-            while m % 2 == 0:
-                m, k = m // 2, k + 1
-            q = torch.eye(columns, dtype=torch.float64)
-
-            def turn(i, j, angle, q=q):
-                c, s = math.cos(angle), math.sin(angle)
-                upper, lower = q[i].clone(), q[j].clone()
-                q[i], q[j] = c * upper - s * lower, s * upper + c * lower
-
-            for block in range(columns // b):
-                if config["rotation"]["kind"] == "butterfly":
-                    angles = iter(stored[f"{name}.angles"][block].tolist())
-                else:
-                    angles = iter([math.pi / 4] * (k * b // 2) + [0.0] * (m * (m - 1) // 2))
-                for j in range(k):
-                    for p in range(b):
-                        if not p >> j & 1:
-                            turn(block * b + p, block * b + p + 2**j, next(angles))
-                for r in range(m):
-                    for s in range(r + 1, m):
-                        phi = next(angles)
-                        for c in range(2**k):
-                            turn(block * b + r * 2**k + c, block * b + s * 2**k + c, phi)
-            weight = weight @ q
-        dense[f"{name}.weight"] = weight.float()
-    return dense
-
-
 def dense_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     model_type = config.pop("model_type")
-    from transformers import AutoConfig
-
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.float32).eval()
-    state = decode(folder)
+    state = tiny.decode(folder)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()

@@ -192,6 +192,42 @@ def test_other_backends(tmp_path, base, other, wanted, backend):
         assert [one["tokens"] for one in answer[found]] == [one["tokens"][:3] for one in state[:2]]
 
 
+def ask_server(folder: Path, model: Path, prompts: list[list[int]], tokens: int, *flags: str) -> list[list[int]]:
+    """Greedy tokens that the OpenAI server gives to all prompts at once.
+
+    The server is as users start it, with torch.compile; in 32-bit floats, so that answers can be compared.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--dtype", "float32", *flags]
+
+    def complete(prompt: list[int]) -> list[int]:
+        body = {"model": str(model), "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+        body |= {"ignore_eos": True, "return_token_ids": True, "detokenize": False}
+        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return json.load(reply)["choices"][0]["token_ids"]
+
+    printed = folder / "server.log"
+    with printed.open("w+") as log:
+        server = subprocess.Popen(command, env=environment(folder), stdout=log, stderr=log)
+        try:
+            for _ in range(300):
+                assert server.poll() is None, printed.read_text()[-6000:]
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                    break
+                time.sleep(1)
+            with ThreadPoolExecutor(len(prompts)) as pool:
+                return list(pool.map(complete, prompts))
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory, base) -> tuple[list[dict], str]:
     """Engines in processes of their own, as users start them: two ranks, and checkpoints that are refused."""
@@ -218,34 +254,6 @@ def test_errors_reach_the_user(processes):
 
 
 def test_sixteen_clients(tmp_path, base, wanted):
-    """The server as users start it: with torch.compile, in 16-bit or, as here for comparison, in 32-bit floats."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--skip-tokenizer-init", "--dtype", "float32", "--max-model-len", "128"]
-
-    def complete(prompt: list[int]) -> list[int]:
-        body = {"model": str(base), "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
-        body |= {"ignore_eos": True, "return_token_ids": True, "detokenize": False}
-        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
-        request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=120) as reply:
-            return json.load(reply)["choices"][0]["token_ids"]
-
-    with (tmp_path / "log").open("w+") as log:
-        server = subprocess.Popen(command, env=environment(tmp_path), stdout=log, stderr=log)
-        try:
-            for _ in range(300):
-                assert server.poll() is None, (tmp_path / "log").read_text()[-6000:]
-                with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
-                    break
-                time.sleep(1)
-            prompts = list(itertools.islice(itertools.cycle(PROMPTS), 16))
-            with ThreadPoolExecutor(16) as pool:
-                found = list(pool.map(complete, prompts))
-        finally:
-            server.terminate()
-            server.wait(60)
+    prompts = list(itertools.islice(itertools.cycle(PROMPTS), 16))
+    found = ask_server(tmp_path, base, prompts, TOKENS, "--skip-tokenizer-init", "--max-model-len", "128")
     assert found == [answer["tokens"] for answer in itertools.islice(itertools.cycle(wanted), 16)]
