@@ -99,8 +99,8 @@ class ButterflyHfQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self):
-        """Packed tensors are written back as they were read."""
-        return True
+        """No: a loaded model holds float16 tensors of the format as float32. Copy the folder or `dequantize()` first."""
+        return False
 
     @property
     def is_trainable(self):
