@@ -99,7 +99,7 @@ class ButterflyHfQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self):
-        """No: a loaded model holds float16 tensors of the format as float32. Copy the folder or `dequantize()` first."""
+        """No: a loaded model holds the float16 tensors as float32. Copy the folder, or `dequantize()` it."""
         return False
 
     @property
