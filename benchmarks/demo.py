@@ -23,7 +23,7 @@ PROMPTS = [
 ]
 NEW_TOKENS = 48
 CALIBRATE = ["--recipe", "fast", "--samples", "32", "--seqlen", "512"]
-WINDOWS, CONTEXT = 8, 2048
+WINDOWS, CONTEXT = 4, 2048
 
 
 def write_model(out: Path) -> None:

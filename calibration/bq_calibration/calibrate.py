@@ -266,17 +266,24 @@ class Calibration:
             rotations[kind], losses = learn(
                 problem, start, recipe.objective, recipe.optimizer, recipe.lr, recipe.steps, recipe.uniformity
             )
+        # rows are rounded independently of each other, so a spread of them tells what a rotation is worth
+        step = max(1, len(weight) // MOST_ROWS)
         errors, chosen, final_error = {}, None, 0.0
         for name, angles in rotations.items():
             turned, turned_hessian = weight, hessian
             if angles is not None:
                 turn = Turn(angles.float(), block_size)
                 turned, turned_hessian = turn.forward(weight), turn.hessian(hessian)
+            if name != kind:
+                turned = turned[::step]
             rounded = self._round(turned, turned_hessian)
-            errors[name] = output_error(turned, rounded.weight(), turned_hessian)
             if name == kind:
                 chosen = refine(rounded, turned, turned_hessian, recipe.refine)
                 final_error = output_error(turned, chosen.weight(), turned_hessian)
+                turned, rounded_rows = turned[::step], rounded.weight()[::step]
+            else:
+                rounded_rows = rounded.weight()
+            errors[name] = output_error(turned, rounded_rows, turned_hessian)
         angles = rotations[kind]
         report = {
             "layers": group.name,
