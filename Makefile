@@ -19,6 +19,7 @@ install: $(VENV)/.installed
 # What this machine can use: vLLM for CUDA where a GPU is seen, the CPU build elsewhere.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip  # older ones take minutes to resolve vLLM's requirements
 ifeq ($(GPU),1)
 	$(BIN)/pip install -q -e ".[vllm,calibration]"
 else
