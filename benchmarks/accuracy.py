@@ -57,7 +57,8 @@ def main(
             _run(
                 BIN / "bq-eval", checkpoint, "--perplexity", perplexity, "--context", context, *limit, "--json", scores
             )
-        row = {"method": label, "flags": flags, "perplexity": json.loads(scores.read_text())["perplexity"]}
+        measured = json.loads(scores.read_text())["perplexity"]
+        row = {"method": label, "flags": flags, "perplexity": measured | {"dataset": Path(measured["dataset"]).name}}
         if flags is not None:
             report = json.loads((checkpoint / "bq_report.json").read_text())
             row["bits_per_weight"] = report["totals"]["bits_per_weight"]
@@ -67,13 +68,18 @@ def main(
     full = rows[0]["perplexity"]["value"]
     table = Table("method", "bits per weight", "perplexity", "× 16-bit", "calibration, s", "peak memory, GB")
     for row in rows:
-        value, run = row["perplexity"]["value"], row.get("run")
-        cells = (f"{row['bits_per_weight']:.3f}", f"{run['wall_seconds']:.0f}", f"{run['peak_memory_bytes'] / 1e9:.2f}")
-        bits, seconds, memory = cells if run else ("16", "", "")
+        value, cells = row["perplexity"]["value"], ("16", "", "")
+        if run := row.get("run"):
+            cells = (
+                f"{row['bits_per_weight']:.3f}",
+                f"{run['wall_seconds']:.0f}",
+                f"{run['peak_memory_bytes'] / 1e9:.2f}",
+            )
+        bits, seconds, memory = cells
         table.add_row(row["method"], bits, f"{value:.2f}", f"{value / full:.2f}", seconds, memory)
     Console(width=120).print(table)
     versions = {name: version(name) for name in ("torch", "transformers")}
-    command = " ".join(["python", *sys.argv])
+    command = " ".join(["python", *(Path(argument).name for argument in sys.argv)])  # names, no folders of this machine
     result = {"command": command, "model": model.name, "versions": versions, "rows": rows}
     as_json.parent.mkdir(parents=True, exist_ok=True)
     as_json.write_text(json.dumps(result, indent=2) + "\n")
