@@ -27,7 +27,7 @@ from . import analysis
 from .architecture import InputGroup
 from .checkpoint import export, write_json, write_tensors
 from .data import calibration_tokens, sampled_tokens
-from .errors import UserError
+from .errors import UserError, WriteError
 from .model import SourceModel
 from .quantize import Quantized, output_error, refine, round_gptq, round_nearest
 from .recipes import Recipe, quant_config
@@ -87,11 +87,12 @@ class Calibration:
                 stem = self.staging / "blocks" / f"{index:05d}"
                 with self.source.block(index) as block:
                     forward = self._forward_over(block, hidden, arguments[index])
-                    if not stem.with_suffix(".safetensors").exists():
+                    if stem.with_suffix(".safetensors").exists():
+                        self._install(block, index, load_file(stem.with_suffix(".safetensors")))
+                    else:  # leaves the block quantized
                         tensors, report = self._quantize_block(block, index, forward)
                         write_json(stem.with_suffix(".json"), report)
                         write_tensors(stem.with_suffix(".safetensors"), tensors)  # last: its presence means done
-                    self._install(block, index, load_file(stem.with_suffix(".safetensors")))
                     forward(keep=hidden)
                 reports.append(json.loads(stem.with_suffix(".json").read_text()))
                 progress.advance(task)
@@ -153,6 +154,10 @@ class Calibration:
                         )
                 write_json(record, settings)
                 yield
+        except WriteError as error:
+            raise UserError(
+                f"{error}. Finished blocks are kept: free some space and run again with --resume"
+            ) from error
         except PermissionError as error:
             raise UserError(f"{self.out}: cannot be written ({error})") from error
 

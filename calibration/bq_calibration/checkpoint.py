@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .architecture import InputGroup, input_groups
-from .errors import UserError
+from .errors import UserError, WriteError
 from .model import SourceModel, TensorStore
 from .recipes import Recipe
 
@@ -45,10 +45,7 @@ def _explain(path: Path):
         yield
     except (OSError, SafetensorError) as error:
         reason = "no space left on the device" if "No space left" in str(error) else str(error)
-        raise UserError(
-            f"{path}: could not be written: {reason}. Finished blocks are kept: free some space and run again with "
-            "--resume"
-        ) from error
+        raise WriteError(f"{path}: could not be written: {reason}") from error
 
 
 def _commit(temporary: Path, path: Path) -> None:
@@ -61,7 +58,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file so that it is there whole or not at all.
 
     Raises:
-        UserError: if it cannot be written.
+        WriteError: if it cannot be written.
     """
     temporary = path.with_suffix(".tmp")
     with _explain(path):
@@ -73,7 +70,7 @@ def write_json(path: Path, data: Any) -> None:
     """Write a JSON file so that it is there whole or not at all.
 
     Raises:
-        UserError: if it cannot be written.
+        WriteError: if it cannot be written.
     """
     temporary = path.with_suffix(".tmp")
     with _explain(path):
@@ -92,7 +89,7 @@ def export(source: SourceModel, blocks: Path, config: QuantConfig, recipe: Recip
         folder: written here; must not exist.
 
     Raises:
-        UserError: if a file cannot be written.
+        WriteError: if a file cannot be written.
     """
     with _explain(folder):
         folder.mkdir(parents=True)
@@ -125,7 +122,8 @@ def export(source: SourceModel, blocks: Path, config: QuantConfig, recipe: Recip
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
-    (folder / "README.md").write_text(_model_card(source, config, recipe))
+    with _explain(folder / "README.md"):
+        (folder / "README.md").write_text(_model_card(source, config, recipe))
     write_json(folder / "config.json", source.config_dict | {"quantization_config": config.to_dict()})
 
 
@@ -240,14 +238,12 @@ def verify(folder: Path) -> Verified:
             if not isinstance(spec, TensorSpec):
                 spec = TensorSpec(spec, tensor.dtype)
             spec.check(name, tensor)
-        for name, (_, group) in layers.items():
-            sibling = name.removesuffix(next(layer for layer in group.layers if name.endswith(layer))) + group.layers[0]
-            for suffix in config.tensors(name, *_in_out(layers[name][0])):
-                tensor = store.get(f"{name}.{suffix}")
+        for name, (layer, group) in layers.items():
+            sibling = name.removesuffix(next(part for part in group.layers if name.endswith(part))) + group.layers[0]
+            for suffix in config.tensors(name, layer.in_features, layer.out_features):
                 if suffix != "angles" or name == sibling:
-                    key = "codes" if suffix == "qweight" else suffix
-                    bits[key] += tensor.numel() * tensor.element_size() * 8
-                elif not torch.equal(tensor, store.get(f"{sibling}.angles")):
+                    bits["codes" if suffix == "qweight" else suffix] += store.nbytes(f"{name}.{suffix}") * 8
+                elif not torch.equal(store.get(f"{name}.angles"), store.get(f"{sibling}.angles")):
                     raise FormatError(
                         f"{name}.angles differs from {sibling}.angles; layers that share an input share one rotation"
                     )
@@ -255,7 +251,3 @@ def verify(folder: Path) -> Verified:
         raise UserError(f"{folder}: {error}") from error
     shapes = {name: (layer.out_features, layer.in_features) for name, (layer, _) in layers.items()}
     return Verified(config, shapes, bits, sum(store.nbytes(name) for name in store.names()))
-
-
-def _in_out(layer: nn.Linear) -> tuple[int, int]:
-    return layer.in_features, layer.out_features

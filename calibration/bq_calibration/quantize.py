@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from bq_kernels.packing import pack
+from bq_kernels.reference import levels
 
 DAMPING = 0.01  # share of the mean diagonal added to a Hessian before it is factored (GPTQ's percdamp)
 _CLIP_GRID = [0.30 + 0.05 * n for n in range(15)]
@@ -25,7 +26,7 @@ class Quantized:
     def weight(self) -> torch.Tensor:
         """W′ = s·(q − z), float32 [N, K]."""
         group = self.codes.shape[1] // self.scales.shape[1]
-        return _levels(self.codes.float().unflatten(1, (-1, group)), self.scales, self.zeros, self.bits).flatten(1)
+        return levels(self.codes.float().unflatten(1, (-1, group)), self.scales, self.zeros, self.bits).flatten(1)
 
     def rows(self, start: int, stop: int) -> Quantized:
         """The part that belongs to output features [start, stop)."""
@@ -38,11 +39,6 @@ class Quantized:
         if self.zeros is not None:
             stored["zeros"] = self.zeros
         return {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
-
-
-def _levels(codes, scales, zeros, bits):
-    zero = (2**bits - 1) / 2 if zeros is None else zeros.float().unsqueeze(-1)
-    return scales.float().unsqueeze(-1) * (codes - zero)
 
 
 def _nearest(w, scales, zeros, bits):
@@ -80,7 +76,7 @@ def search_scale(
         nonlocal best, scales, zeros
         scale = scale.clamp(_SMALLEST, 65504.0).half()
         zero = None if zero is None else zero.clamp(-1e4, 1e4).half()
-        error = (h * (_levels(_nearest(w, scale, zero, bits), scale, zero, bits) - w).square()).sum(-1)
+        error = (h * (levels(_nearest(w, scale, zero, bits), scale, zero, bits) - w).square()).sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         scales = torch.where(better, scale, scales)

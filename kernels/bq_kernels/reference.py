@@ -133,14 +133,18 @@ def layout_of(qweight: torch.Tensor, scales: torch.Tensor, in_features: int) -> 
     return bits, in_features // scales.shape[-1]
 
 
+def levels(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """s·(q − z) in float32 for codes [N, groups, group], scales and zeros [N, groups]; None: mid-rise."""
+    zero = (2**bits - 1) / 2 if zeros is None else zeros.float().unsqueeze(-1)
+    return scales.float().unsqueeze(-1) * (codes - zero)
+
+
 def dequantize(
     qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, in_features: int
 ) -> torch.Tensor:
     """W′ = s·(q − z) in float32 [N, K]; z = (2^bits − 1)/2 when `zeros` is None (mid-rise)."""
     bits, group = layout_of(qweight, scales, in_features)
-    codes = unpack(qweight, bits).float().unflatten(-1, (-1, group))
-    zero = (2**bits - 1) / 2 if zeros is None else zeros.float().unsqueeze(-1)
-    return (scales.float().unsqueeze(-1) * (codes - zero)).flatten(-2)
+    return levels(unpack(qweight, bits).float().unflatten(-1, (-1, group)), scales, zeros, bits).flatten(-2)
 
 
 def packed_linear(
