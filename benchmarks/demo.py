@@ -22,7 +22,7 @@ PROMPTS = [
     "To make a good cup of tea, first",
 ]
 NEW_TOKENS = 48
-CALIBRATE = ["--recipe", "fast", "--samples", "32", "--seqlen", "512"]
+CALIBRATE = ["--recipe", "fast", "--samples", "24", "--seqlen", "512", "--refine", "2"]
 WINDOWS, CONTEXT = 4, 2048
 
 

@@ -14,6 +14,7 @@ from types import MethodType
 import torch
 from bq_kernels import ops, reference
 from bq_kernels.format import GROUP_MULTIPLE, PER_CHANNEL, FormatError, QuantConfig, TensorSpec
+from bq_kernels.tiles import tile
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -145,12 +146,7 @@ class ButterflyLinearMethod(LinearMethodBase):
         self.config, self.modules = config, modules
         self.block_size = config.rotation.block(modules[0]) if config.rotation.kind != "none" else 0
         self.backend = select_backend()
-        if self.backend == "dense":
-            self.dense = UnquantizedLinearMethod()
-        elif self.backend == "reference":
-            self.rotate, self.packed_linear = reference.apply_rotation, reference.packed_linear
-        else:
-            self.rotate, self.packed_linear = ops.rotate, ops.packed_linear
+        self.dense = UnquantizedLinearMethod() if self.backend == "dense" else None
 
     def create_weights(
         self,
@@ -177,6 +173,7 @@ class ButterflyLinearMethod(LinearMethodBase):
             [size * ranks // n for size, n in zip(output_partition_sizes, copies, strict=True)],
             input_size,
         )
+        layer.packed_rows = sum(output_partition_sizes)
         layer.weight_loader = MethodType(load_other, layer)
         layer.butterfly.specs(list(range(partitions)))  # refuses groups and blocks that do not divide
         check_shard(self.modules[0], self.config, input_size, input_size_per_partition)
@@ -246,14 +243,18 @@ class ButterflyLinearMethod(LinearMethodBase):
         if self.backend == "dense":
             kept = {"weight": self._dense_weight(layer, angles)}
         else:
-            kept = {name: getattr(layer, name).data for name in ("qweight", "scales", "zeros") if hasattr(layer, name)}
+            packed = layer.qweight.data, layer.scales.data, layer.zeros.data if hasattr(layer, "zeros") else None
+            if self.backend == "triton":
+                packed = tile(*packed, self._columns(layer))
+            kept = dict(zip(("qweight", "scales", "zeros"), packed, strict=True))
             if angles is not None:
                 kept["cos_sin"], kept["mix"] = reference.givens_tables(angles, self.block_size)
         for name in ("qweight", "scales", "zeros", "angles"):
             if hasattr(layer, name):
                 delattr(layer, name)
         for name, data in kept.items():
-            layer.register_parameter(name, Parameter(data, requires_grad=False))
+            if data is not None:
+                layer.register_parameter(name, Parameter(data, requires_grad=False))
         if self.backend == "dense":
             self.dense.process_weights_after_loading(layer)
 
@@ -261,9 +262,13 @@ class ButterflyLinearMethod(LinearMethodBase):
         """y = W x + bias for x [..., K] in any supported dtype."""
         if self.backend == "dense":
             return self.dense.apply(layer, x, bias)
+        weights = layer.qweight, layer.scales, getattr(layer, "zeros", None)
+        tables = (layer.cos_sin, layer.mix) if self.block_size else (None, None)
+        if self.backend == "triton":
+            return ops.packed_linear(x, *weights, bias, layer.packed_rows, *tables)
         if self.block_size:
-            x = self.rotate(x, layer.cos_sin, layer.mix)
-        return self.packed_linear(x, layer.qweight, layer.scales, getattr(layer, "zeros", None), bias)
+            x = reference.apply_rotation(x, *tables)
+        return reference.packed_linear(x, *weights, bias)
 
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
         """The dense weight [N, K] of a layer that has just been loaded: vLLM quantizes it anew on request."""

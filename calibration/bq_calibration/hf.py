@@ -12,6 +12,7 @@ import torch
 from bq_kernels import ops
 from bq_kernels.format import QUANT_METHOD, QuantConfig
 from bq_kernels.reference import dense_weight, givens_tables, hadamard_angles
+from bq_kernels.tiles import tile
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -39,7 +40,8 @@ class ButterflyLinear(nn.Module):
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
             setattr(self, suffix, nn.Parameter(tensor, requires_grad=False))
         self.bias = linear.bias
-        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._repacked: tuple[torch.Tensor, ...] = ()
+        self._tables: tuple[torch.Tensor, ...] = ()
 
     def _all_angles(self) -> torch.Tensor | None:
         if self.kind == "hadamard":
@@ -48,11 +50,11 @@ class ButterflyLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = W′ Q x + bias; x [..., in_features] to [..., out_features], same dtype."""
-        if self.kind != "none":
-            if self._tables is None or self._tables[0].device != x.device:
+        if not self._repacked or self._repacked[0].device != x.device:
+            self._repacked = tile(self.qweight, self.scales, self.zeros, self.in_features)
+            if self.kind != "none":
                 self._tables = givens_tables(self._all_angles(), self.block_size)
-            x = ops.rotate(x, *self._tables)
-        return ops.packed_linear(x, self.qweight, self.scales, self.zeros, self.bias)
+        return ops.packed_linear(x, *self._repacked, self.bias, self.out_features, *self._tables)
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """The same layer as an ordinary dense one, rotation folded in."""

@@ -12,10 +12,14 @@ import os
 import torch
 
 from . import reference
+from .tiles import tiled_linear
 
 _LIBRARY = torch.library.Library("bq", "DEF")
 _LIBRARY.define("rotate(Tensor x, Tensor cos_sin, Tensor mix) -> Tensor")
-_LIBRARY.define("packed_linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias) -> Tensor")
+_LIBRARY.define(
+    "packed_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? zeros, Tensor? bias, SymInt out_features, "
+    "Tensor? cos_sin, Tensor? mix) -> Tensor"
+)
 
 
 def interpreted() -> bool:
@@ -29,10 +33,10 @@ def _rotate_triton(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) ->
     return apply_rotation(x, cos_sin, mix)
 
 
-def _packed_linear_triton(x, qweight, scales, zeros, bias) -> torch.Tensor:
+def _packed_linear_triton(x, *tensors) -> torch.Tensor:
     from .triton_linear import packed_linear
 
-    return packed_linear(x, qweight, scales, zeros, bias)
+    return packed_linear(x, *tensors)
 
 
 def _interpret(kernel, x: torch.Tensor, *tables) -> torch.Tensor:
@@ -46,10 +50,10 @@ def _rotate_cpu(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) -> to
     return reference.apply_rotation(x, cos_sin, mix)
 
 
-def _packed_linear_cpu(x, qweight, scales, zeros, bias) -> torch.Tensor:
+def _packed_linear_cpu(x, *tensors) -> torch.Tensor:
     if interpreted():
-        return _interpret(_packed_linear_triton, x, qweight, scales, zeros, bias)
-    return reference.packed_linear(x, qweight, scales, zeros, bias)
+        return _interpret(_packed_linear_triton, x, *tensors)
+    return tiled_linear(x, *tensors)
 
 
 _LIBRARY.impl("rotate", _rotate_cpu, "CPU")
@@ -64,8 +68,8 @@ def _(x, cos_sin, mix):
 
 
 @torch.library.register_fake("bq::packed_linear")
-def _(x, qweight, scales, zeros, bias):
-    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+def _(x, tiles, scales, zeros, bias, out_features, cos_sin, mix):
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 def rotate(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
@@ -75,10 +79,13 @@ def rotate(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) -> torch.T
 
 def packed_linear(
     x: torch.Tensor,
-    qweight: torch.Tensor,
+    tiles: torch.Tensor,
     scales: torch.Tensor,
-    zeros: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W′ x + bias from packed weights; arguments as `reference.packed_linear`. Inference only."""
-    return torch.ops.bq.packed_linear(x, qweight, scales, zeros, bias)
+    """W′ (Q x) + bias from weights repacked by `tiles.tile`; arguments as `tiles.tiled_linear`. Inference only."""
+    return torch.ops.bq.packed_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, mix)

@@ -1,156 +1,206 @@
-"""The packed linear as one Triton kernel: codes are unpacked in registers and multiplied on the matrix units."""
+"""The packed linear on a GPU: which kernel takes how many rows, and how it is launched.
+
+`launch.json` holds the choice by GPU, as measured by benchmarks/kernels.py; a GPU that is not in it gets `default`.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
 import triton
-import triton.language as tl
 
+from . import triton_decode, triton_gemm
 from .format import GROUP_MULTIPLE
-from .reference import layout_of
+from .gpu import Gpu, gpu_of
+from .tiles import ROWS, WORDS
+from .triton_dequantize import dequantize
+from .triton_rotate import apply_rotation
+
+STREAMS, COUNTERS = 16, 1 << 15  # programs that one launch may let wait for each other
 
 
-@triton.jit
-def _load_codes(words, mask, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """BLOCK_K codes of every row as int32 [BLOCK_N, BLOCK_K]; `words` [BLOCK_N, 1] points at their first words."""
-    if BITS == 3:  # 32 codes in three words, two of them astride
-        first = words + tl.arange(0, BLOCK_K // 32)[None, :] * 3
-        word_0 = tl.load(first, mask=mask, other=0).to(tl.uint32, bitcast=True)[:, :, None]
-        word_1 = tl.load(first + 1, mask=mask, other=0).to(tl.uint32, bitcast=True)[:, :, None]
-        word_2 = tl.load(first + 2, mask=mask, other=0).to(tl.uint32, bitcast=True)[:, :, None]
-        bit = tl.arange(0, 32)[None, None, :] * 3
-        low = tl.where(bit < 32, word_0, tl.where(bit < 64, word_1, word_2))
-        high = tl.where(bit < 30, word_0, tl.where(bit < 62, word_1, word_2))  # holds the code's last bit
-        shift = (bit % 32).to(tl.uint32)
-        # two shifts, since one by 32 is undefined; what `high` adds to a code that is whole lies above its bits
-        codes = ((low >> shift) | ((high << 1) << (31 - shift))).to(tl.int32, bitcast=True)
-    else:
-        word = tl.load(words + tl.arange(0, BLOCK_K * BITS // 32)[None, :], mask=mask, other=0)
-        codes = word[:, :, None] >> (tl.arange(0, 32 // BITS) * BITS)[None, None, :]
-    return tl.reshape(codes, [BLOCK_N, BLOCK_K]) & ((1 << BITS) - 1)
+@dataclass(frozen=True)
+class Launch:
+    """One line of launch.json.
 
-
-@triton.jit
-def _linear_kernel(
-    x,
-    qweight,
-    scales,
-    zeros,  # None: mid-rise levels
-    bias,  # or None
-    out,
-    rows,
-    x_stride,
-    in_features,
-    out_features,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # divides GROUP, so one scale holds for a whole step
-):
-    # 64 bits: rows × features may pass 2³¹
-    row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = row < rows
-    column_mask = column < out_features
-    inputs = x + row[:, None] * x_stride + tl.arange(0, BLOCK_K)[None, :]
-    words = qweight + column[:, None] * (in_features // 32 * BITS)
-    groups = column * (in_features // GROUP)
-
-    acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
-    for start in range(0, in_features, BLOCK_K):
-        tile = tl.load(inputs + start, mask=row_mask[:, None], other=0.0)
-        codes = _load_codes(words + start // 32 * BITS, column_mask[:, None], BITS, BLOCK_N, BLOCK_K).to(tl.float32)
-        scale = tl.load(scales + groups + start // GROUP, mask=column_mask, other=0.0).to(tl.float32)
-        if zeros is None:  # q − z is a multiple of 1/2 below 8, exact in every dtype
-            levels = (codes - ((1 << BITS) - 1) / 2).to(tile.dtype)
-            product = tl.dot(tile, tl.trans(levels), input_precision="ieee")
-        else:  # q is exact, q − z is not: z multiplies the sum of the inputs instead
-            zero = tl.load(zeros + groups + start // GROUP, mask=column_mask, other=0.0).to(tl.float32)
-            product = tl.dot(tile, tl.trans(codes.to(tile.dtype)), input_precision="ieee")
-            product -= tl.sum(tile.to(tl.float32), axis=1)[:, None] * zero[None, :]
-        acc += product * scale[None, :]
-    if bias is not None:
-        acc += tl.load(bias + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    target = out + row[:, None] * out_features + column[None, :]
-    tl.store(target, acc.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
-
-
-def launch_config(rows: int, bits: int, group: int, dtype: torch.dtype) -> dict[str, int]:
-    """Compile-time arguments and compiler options of the packed linear kernel.
-
-    Args:
-        rows: rows of x, at least one.
-        bits: bits per code.
-        group: columns that share a scale.
-        dtype: of x.
-
-    Raises:
-        ValueError: if the groups do not fill whole words.
+    Attributes:
+        rows: most rows of x that it is for; None for any number.
+        kernel: `decode`, `gemm`, or `dense` (dequantize, then the vendor's product).
+        programs: programs that are to share a multiprocessor; K is split until there are as many.
+        slice: decode: columns that a program keeps.
+        fuse: decode: whether the program rotates them itself.
+        block_m, tiles, stages, warps: gemm: see triton_gemm.launch_config.
     """
-    if group % GROUP_MULTIPLE:
-        raise ValueError(f"the kernel needs groups of a multiple of {GROUP_MULTIPLE} columns, not {group}")
-    if dtype.itemsize > 2:  # no matrix unit takes it: threads hold whole rows of the operands, which have to be small
-        block_m, block_n, depth = 16, 32, 32
-    else:
-        block_m = min(max(triton.next_power_of_2(rows), 16), 64)
-        block_n, depth = (32, 128) if block_m == 16 else (64, 64)
-    return {
-        "BITS": bits,
-        "GROUP": group,
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": min(group & -group, depth),
-        "num_warps": max(block_m * block_n // 512, 4),  # 16 sums a thread: with 32, 3 bits and a float zero spill
-        "enable_fp_fusion": True,  # Triton 3.10 turns it off by default
-    }
+
+    rows: int | None
+    kernel: str
+    programs: int = 1
+    slice: int = 512
+    fuse: bool = False
+    block_m: int = 128
+    tiles: int = 1
+    stages: int = 3
+    warps: int = 4
+
+
+@functools.cache
+def launches(gpu: str) -> tuple[Launch, ...]:
+    """Lines for a GPU by its name, fewest rows first."""
+    table = json.loads(Path(__file__).with_name("launch.json").read_text())
+    return tuple(Launch(**line) for line in table.get(gpu, table["default"]))
+
+
+def choose(gpu: str, rows: int) -> Launch:
+    """The line for a number of rows."""
+    return next(launch for launch in launches(gpu) if launch.rows is None or rows <= launch.rows)
+
+
+@functools.cache
+def _all_counters(device: torch.device) -> torch.Tensor:
+    # all at once, for within the capture of a CUDA graph is no time to allocate what outlives it
+    return torch.zeros(STREAMS, COUNTERS, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _stream_slot(device: torch.device, stream: int) -> int:
+    _stream_slot.used = getattr(_stream_slot, "used", -1) + 1
+    return _stream_slot.used % STREAMS
+
+
+def _counters(device: torch.device) -> torch.Tensor:
+    """Counters at 0 for the launches of the current stream; every launch leaves them at 0."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _all_counters(device)[_stream_slot(device, stream)]
+
+
+def fused_block(cos_sin: torch.Tensor, mix: torch.Tensor, slice_columns: int) -> int | None:
+    """Block size of a rotation if a program that keeps `slice_columns` columns can apply it, else None."""
+    block = mix.shape[-1] << cos_sin.shape[2]
+    return block if mix.shape[-1] == 1 and 1 < block <= slice_columns else None
+
+
+def decode_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, launch: Launch, gpu: Gpu):
+    """Launch the decode kernel on x [rows, K], rows ≤ 16; rotates by `cos_sin` unless that is None."""
+    rows, in_features = x.shape
+    block = 1 if cos_sin is None else 1 << cos_sin.shape[2]
+    group = in_features // scales.shape[0]
+    config = triton_decode.launch_config(rows, tiles.shape[2] // WORDS, group, in_features, block, launch.slice)
+    ranges = max(min(launch.programs * gpu.multiprocessors // config["SLICES"], tiles.shape[0]), 1)
+    each = triton.cdiv(tiles.shape[0], ranges)
+    ranges = triton.cdiv(tiles.shape[0], each)
+    out = x.new_empty(rows, out_features)
+    partial = x.new_empty(config["SLICES"] * rows * scales.shape[1], dtype=torch.float32)
+    triton_decode._decode_kernel[config["SLICES"], ranges](
+        x,
+        cos_sin,
+        tiles,
+        scales,
+        zeros,
+        bias,
+        out,
+        partial,
+        _counters(x.device),
+        rows,
+        x.stride(0),
+        in_features,
+        out_features,
+        each,
+        **config,
+        PDL=gpu.early_launch,
+        **gpu.options,
+    )
+    return out
+
+
+def gemm_linear(x, tiles, scales, zeros, bias, out_features, launch: Launch, gpu: Gpu):
+    """Launch the GEMM kernel on rotated x [rows, K]."""
+    rows, in_features = x.shape
+    blocks = triton.cdiv(tiles.shape[0], launch.tiles), triton.cdiv(rows, launch.block_m)
+    # at least four tiles a program, or the split costs more than it brings
+    split = max(min(launch.programs * gpu.multiprocessors // (blocks[0] * blocks[1]), tiles.shape[1] // 4), 1)
+    config = triton_gemm.launch_config(
+        tiles.shape[2] // WORDS,
+        in_features // scales.shape[0],
+        launch.block_m,
+        launch.tiles,
+        split,
+        launch.stages,
+        launch.warps,
+    )
+    out = x.new_empty(rows, out_features)
+    cells = blocks[0] * blocks[1] * split * launch.tiles * ROWS * launch.block_m if split > 1 else 0
+    triton_gemm._gemm_kernel[(*blocks, split)](
+        x,
+        tiles,
+        scales,
+        zeros,
+        bias,
+        out,
+        x.new_empty(cells, dtype=torch.float32),
+        _counters(x.device),
+        rows,
+        x.stride(0),
+        in_features,
+        out_features,
+        **config,
+        PDL=gpu.early_launch,
+        **gpu.options,
+    )
+    return out
 
 
 def packed_linear(
     x: torch.Tensor,
-    qweight: torch.Tensor,
+    tiles: torch.Tensor,
     scales: torch.Tensor,
-    zeros: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+    launch: Launch | None = None,
 ) -> torch.Tensor:
-    """y = W′ x + bias with packed weights and input that is already rotated; float32 accumulation.
+    """y = W′ (Q x) + bias; arguments and result as `tiles.tiled_linear`.
 
     Args:
-        x: [..., K], any float dtype. Read in place where the leading dimensions collapse to one stride.
-        qweight: int32 [N, K·bits/32].
-        scales: float16 [N, K/group], group a multiple of 32.
-        zeros: float16 [N, K/group], or None for mid-rise levels.
-        bias: [N] or None.
-
-    Returns:
-        [..., N] in the dtype of `x`, contiguous.
+        launch: how to compute it; by default what launch.json says for this GPU and this many rows.
 
     Raises:
-        ValueError: if no supported layout fits the shapes.
+        ValueError: if groups are not a multiple of 32 columns.
+
+    `decode` multiplies exactly and adds up in float32. Before that, `gemm` rounds a float zero, and `dense` all of W′,
+    to the dtype of x.
     """
-    in_features, out_features = x.shape[-1], qweight.shape[0]
-    bits, group = layout_of(qweight, scales, in_features)
-    out = x.new_empty(*x.shape[:-1], out_features)
-    if out.numel() == 0:
-        return out
-    flat = x.reshape(-1, in_features)
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
-    rows = flat.shape[0]
-    config = launch_config(rows, bits, group, x.dtype)
-    grid = (triton.cdiv(out_features, config["BLOCK_N"]), triton.cdiv(rows, config["BLOCK_M"]))
+    in_features = x.shape[-1]
+    shape = (*x.shape[:-1], out_features)
+    x = x.reshape(-1, in_features)
+    if x.shape[0] == 0:
+        return x.new_empty(shape)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    group = in_features // scales.shape[0]
+    if group % GROUP_MULTIPLE:
+        raise ValueError(f"the kernels need groups of a multiple of {GROUP_MULTIPLE} columns, not {group}")
+    gpu = gpu_of(x)
+    launch = launch or choose(gpu.name, x.shape[0])
+    if x.dtype == torch.float32 and x.is_cuda:  # not what the matrix units take
+        launch = Launch(None, "dense")
+    fused = launch.kernel == "decode" and launch.fuse and cos_sin is not None
+    fused = fused and fused_block(cos_sin, mix, launch.slice) is not None
+    if cos_sin is not None and not fused:
+        x = apply_rotation(x, cos_sin, mix)
+    packed = (x, tiles, scales, zeros, bias, out_features)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _linear_kernel[grid](
-            flat,
-            qweight.contiguous(),
-            scales.contiguous(),
-            None if zeros is None else zeros.contiguous(),
-            None if bias is None else bias.contiguous(),
-            out,
-            rows,
-            flat.stride(0),
-            in_features,
-            out_features,
-            **config,
-        )
-    return out
+        if launch.kernel == "decode":
+            out = decode_linear(*packed, cos_sin if fused else None, launch, gpu)
+        elif launch.kernel == "gemm":
+            out = gemm_linear(*packed, launch, gpu)
+        else:
+            weight = dequantize(tiles, scales, zeros, in_features, out_features, x.dtype)
+            out = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return out.view(shape)

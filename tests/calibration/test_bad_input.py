@@ -247,7 +247,11 @@ def test_ctrl_c(tmp_path, model, text):
     import signal
     import time
 
-    script = "from bq_calibration.cli import calibrate_main; calibrate_main()"
+    script = (
+        # background jobs of a shell ignore it otherwise
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from bq_calibration.cli import calibrate_main; calibrate_main()"
+    )
     flags = [
         "--group-size",
         32,

@@ -11,4 +11,5 @@ def seed():
     value = int(os.environ.get("BQ_TEST_SEED") or random.SystemRandom().getrandbits(32))
     print(f"BQ_TEST_SEED={value}")
     torch.manual_seed(value)
+    random.seed(value)
     return value

@@ -2,8 +2,11 @@
 
 import concurrent.futures
 import itertools
+import json
 import math
 import multiprocessing
+import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ pytest.importorskip("triton")
 from bq_kernels import ops, reference, triton_linear, triton_rotate
 from bq_kernels.format import num_angles
 from bq_kernels.packing import pack
+from bq_kernels.tiles import tile, tiled_linear
+from bq_kernels.triton_linear import Launch
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 DEVICES = ["interpreter"] + ["cuda"] * torch.cuda.is_available()
@@ -27,7 +32,7 @@ def call(request):
     if request.param == "cuda":
 
         def on_gpu(function, *tensors):
-            return function(*(None if t is None else t.cuda() for t in tensors)).cpu()
+            return function(*(t.cuda() if isinstance(t, torch.Tensor) else t for t in tensors)).cpu()
 
         yield on_gpu
         return
@@ -115,98 +120,173 @@ def test_rotation_of_strided_inputs(call):
 
 
 def random_layer(out_features, in_features, bits, group, float_zero, scale=1.0):
+    """Codes [N, K], and what the kernels take: tiles, scales and zeros."""
     codes = torch.randint(2**bits, (out_features, in_features))
     scales = (torch.rand(out_features, in_features // group) * scale).half()
     zeros = (torch.rand(out_features, in_features // group) * (2**bits - 1)).half() if float_zero else None
-    return codes, pack(codes, bits), scales, zeros
+    return codes, scales, zeros, tile(pack(codes, bits), scales, zeros, in_features)
 
 
-def check_linear(call, x, out_features, bits, group, float_zero, bias=None, scale=1.0):
-    in_features = x.shape[-1]
-    codes, qweight, scales, zeros = random_layer(out_features, in_features, bits, group, float_zero, scale)
-    got = call(ops.packed_linear, x, qweight, scales, zeros, bias)
-    assert (got.dtype, got.shape) == (x.dtype, (*x.shape[:-1], out_features))
-    zero = torch.tensor((2**bits - 1) / 2) if zeros is None else zeros.double().repeat_interleave(group, dim=1)
+def linear(x, *arguments):
+    """The launcher, with a choice of launch that the operator does not have."""
+    if ops.interpreted():
+        return ops._interpret(triton_linear.packed_linear, x, *arguments)
+    return triton_linear.packed_linear(x, *arguments)
+
+
+def check_linear(call, x, out_features, bits, group, float_zero, bias=None, scale=1.0, launch=None, block=None):
+    in_features, dtype = x.shape[-1], x.dtype
+    codes, scales, zeros, packed = random_layer(out_features, in_features, bits, group, float_zero, scale)
+    tables = random_tables(in_features // block, block) if block else (None, None)
+    got = call(linear, x, *packed, bias, out_features, *tables, launch)
+    assert (got.dtype, got.shape) == (dtype, (*x.shape[:-1], out_features))
+    centre = (2**bits - 1) / 2
+    zero = torch.tensor(centre) if zeros is None else zeros.double().repeat_interleave(group, dim=1)
     step = scales.double().repeat_interleave(group, dim=1)
-    want = x.double() @ (step * (codes - zero)).T
+    rotated = (reference.apply_rotation(x, *tables) if block else x).double()
+    want = rotated @ (step * (codes - zero)).T
     # products are exact in float32 and a sum of K of them rounds at most K times what its terms add up to; q and z
-    # count one by one, for a kernel may sum them apart. Twice that, for matrix units that truncate.
-    terms = x.double().abs() @ (step * (codes + zero if float_zero else (codes - zero).abs())).T
+    # count one by one, for the kernels sum them apart. Twice that, for matrix units that truncate.
+    terms = rotated.abs() @ (step * ((codes - centre).abs() + (zero - centre).abs())).T
+    roundings = (in_features + 8) * torch.finfo(FLOAT).eps
+    if block:  # a rotated input may fall to the other side of a rounding
+        roundings += torch.finfo(dtype).eps
+    if launch and launch.kernel == "dense":  # weights are rounded to the dtype
+        roundings += torch.finfo(dtype).eps / 2
+    if launch and launch.kernel == "gemm" and float_zero:  # so are zeros, and what is left of a code without them
+        roundings += torch.finfo(dtype).eps
     if bias is not None:
         want, terms = want + bias.double(), terms + bias.double().abs()
-    assert_within(got, want, (in_features + 8) * torch.finfo(FLOAT).eps * terms)
-    same = reference.packed_linear(x, qweight, scales, zeros, bias)
-    assert_within(same, want, (in_features + 8) * torch.finfo(FLOAT).eps * terms)
+    assert_within(got, want, roundings * terms)
+    assert_within(tiled_linear(x, *packed, bias, out_features, *tables), want, roundings * terms)
+
+
+def decode(slice_columns=256, fuse=True, programs=8):
+    return Launch(None, "decode", programs, slice_columns, fuse)
+
+
+def gemm(block_m=16, tiles=1, programs=1):
+    return Launch(None, "gemm", programs, block_m=block_m, tiles=tiles)
+
+
+DENSE = Launch(None, "dense")
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, FLOAT])
 @pytest.mark.parametrize("float_zero", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize(("rows", "out_features"), [(1, 32), (5, 45)])
-def test_linear(call, rows, out_features, bits, float_zero, dtype):
-    bias = torch.randn(out_features).to(dtype)
-    check_linear(call, torch.randn(rows, 128).to(dtype), out_features, bits, 64, float_zero, bias)
+@pytest.mark.parametrize("launch", [decode(), gemm(), DENSE], ids=lambda launch: launch.kernel)
+def test_linear(call, launch, bits, float_zero, dtype):
+    bias = torch.randn(70).to(dtype)
+    check_linear(call, torch.randn(5, 192).to(dtype), 70, bits, 64, float_zero, bias, launch=launch)
 
 
 @pytest.mark.parametrize("float_zero", [False, True])
+@pytest.mark.parametrize("launch", [decode(128), gemm(), DENSE], ids=lambda launch: launch.kernel)
 @pytest.mark.parametrize(
     ("in_features", "group"),
-    [(32, 32), (576, 64), (576, 96), (576, 576), (256, 128), (512, 256), (160, 160)],
+    [(32, 32), (576, 64), (576, 96), (576, 576), (256, 128), (512, 256), (160, 160), (384, 192)],
 )
-def test_linear_groups(call, in_features, group, float_zero):
-    for bits in (2, 3, 4):
-        check_linear(call, torch.randn(3, in_features).half(), 33, bits, group, float_zero)
+def test_groups(call, in_features, group, launch, float_zero):
+    bits = random.choice((2, 3, 4))
+    check_linear(call, torch.randn(3, in_features).half(), 33, bits, group, float_zero, launch=launch)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16])
+@pytest.mark.parametrize("slice_columns", [128, 512])
+def test_decode_rows(call, rows, slice_columns):
+    """Slices that reach past K, one and several tiles a program."""
+    programs, dtype = (1, HALF) if rows % 2 else (64, BRAIN)
+    launch = decode(slice_columns, programs=programs)
+    check_linear(call, torch.randn(rows, 640).to(dtype), 200, 2, 128, rows % 2 == 0, launch=launch)
+
+
+@pytest.mark.parametrize("block", [2, 32, 128, 256])
+def test_decode_rotates(call, block):
+    for rows in (1, 6):
+        x = torch.randn(rows, 768).half()
+        check_linear(call, x, 65, 2, 64, rows == 6, launch=decode(), block=block)
+
+
+@pytest.mark.parametrize("launch", [decode(), decode(fuse=False), gemm(), DENSE])
+def test_rotation_before_linear(call, launch):
+    """Blocks that are odd, wider than a slice, or that the launch leaves to the rotation kernel."""
+    for rows, block in ((1, 96), (3, 384), (2, 128)):
+        check_linear(call, torch.randn(rows, 384).half(), 65, 2, 64, False, launch=launch, block=block)
 
 
 @pytest.mark.parametrize(("rows", "out_features"), [(17, 1), (31, 65), (64, 64), (65, 31), (130, 70)])
-def test_linear_tiles(call, rows, out_features):
-    for dtype, bits in ((HALF, 2), (BRAIN, 3), (FLOAT, 4)):
-        check_linear(call, torch.randn(rows, 64).to(dtype), out_features, bits, 32, True)
+@pytest.mark.parametrize("launch", [gemm(32), gemm(32, 2), gemm(64, 2), gemm(128)])
+def test_gemm_tiles(call, rows, out_features, launch):
+    for dtype, bits in ((HALF, 2), (BRAIN, 3)):
+        check_linear(call, torch.randn(rows, 160).to(dtype), out_features, bits, 32, True, launch=launch)
+
+
+@pytest.mark.parametrize("programs", [8, 20, 64])
+def test_gemm_split(call, programs):
+    """Programs that share the columns evenly and unevenly."""
+    for tiles in (1, 2):
+        x = torch.randn(17, 1120).half()
+        check_linear(call, x, 70, 2, 32, True, launch=gemm(32, tiles, programs))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 65, 257])
+def test_linear_by_number_of_rows(call, rows):
+    bias = torch.randn(70).half()
+    launch = triton_linear.choose("", rows)
+    check_linear(call, torch.randn(rows, 256).half(), 70, 2, 128, False, bias, launch=launch, block=128)
 
 
 @pytest.mark.parametrize(("scale", "factor"), [(1e-6, 1.0), (6e4, 1e-3), (6e4, 1e-7), (1.0, 500.0)])
 @pytest.mark.parametrize("float_zero", [False, True])
-def test_linear_of_extreme_scales(call, scale, factor, float_zero):
-    check_linear(call, (torch.randn(3, 128) * factor).half(), 20, 2, 32, float_zero, scale=scale)
-    check_linear(call, torch.randn(3, 128) * factor, 20, 3, 32, float_zero, scale=scale)
+@pytest.mark.parametrize("launch", [decode(), gemm()], ids=lambda launch: launch.kernel)
+def test_linear_of_extreme_scales(call, launch, scale, factor, float_zero):
+    check_linear(call, (torch.randn(3, 128) * factor).half(), 20, 2, 32, float_zero, scale=scale, launch=launch)
+    check_linear(call, torch.randn(3, 128) * factor, 20, 3, 32, float_zero, scale=scale, launch=launch)
 
 
-def test_linear_overflows_as_the_reference_does(call):
-    _, qweight, scales, zeros = random_layer(8, 64, 2, 32, False)
-    arguments = (torch.full((2, 64), 6e4).half(), qweight, (scales + 1000).half(), zeros, None)
-    got, want = call(ops.packed_linear, *arguments), reference.packed_linear(*arguments)
+@pytest.mark.parametrize("launch", [decode(), gemm(), DENSE], ids=lambda launch: launch.kernel)
+def test_linear_overflows_as_the_reference_does(call, launch):
+    _, _, _, (tiles, scales, zeros) = random_layer(8, 64, 2, 32, False)
+    arguments = (torch.full((2, 64), 6e4).half(), tiles, (scales + 1000).half(), zeros, None, 8)
+    got, want = call(linear, *arguments, None, None, launch), tiled_linear(*arguments)
     assert torch.isinf(want).any()
     torch.testing.assert_close(got[torch.isinf(want)], want[torch.isinf(want)])
 
 
-def test_linear_of_strided_inputs_and_tables(call):
+@pytest.mark.parametrize("launch", [decode(), gemm(), DENSE], ids=lambda launch: launch.kernel)
+def test_linear_of_strided_inputs(call, launch):
     for x in strided(96, HALF):
-        check_linear(call, x, 9, 2, 32, True)
-    _, qweight, scales, zeros = random_layer(16, 64, 2, 32, True)
-    x, bias = torch.randn(2, 64), torch.randn(16)
-    whole = call(ops.packed_linear, x, qweight, scales, zeros, bias)
-    part = call(ops.packed_linear, x, qweight[::2], scales[::2], zeros[::2], bias[::2])
-    assert torch.equal(part, whole[:, ::2])
+        check_linear(call, x, 9, 2, 32, True, launch=launch)
+
+
+def test_linear_repeats_to_the_bit(call):
+    """Programs that share a sum add it up in the same order every time."""
+    _, _, _, packed = random_layer(130, 1024, 2, 128, False)
+    x = torch.randn(4, 1024).half()
+    for launch in (decode(128), gemm(programs=64)):
+        first, second = (call(linear, x, *packed, None, 130, None, None, launch) for _ in "12")
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64)])
 def test_no_rows(call, shape):
     x = torch.empty(shape, dtype=HALF)
     assert call(ops.rotate, x, *random_tables(1, 64)).shape == shape
-    _, qweight, scales, zeros = random_layer(8, 64, 2, 32, False)
-    assert call(ops.packed_linear, x, qweight, scales, zeros, None).shape == (*shape[:-1], 8)
+    _, _, _, packed = random_layer(8, 64, 2, 32, False)
+    assert call(ops.packed_linear, x, *packed, None, 8).shape == (*shape[:-1], 8)
 
 
 def test_refuses_groups_of_part_words(call):
-    qweight, scales = torch.zeros(8, 4, dtype=torch.int32), torch.ones(8, 4, dtype=HALF)
+    packed = torch.zeros(1, 1, 512, dtype=torch.int32), torch.ones(4, 64, dtype=HALF), None
     with pytest.raises(ValueError, match="multiple of 32 columns, not 16"):
-        call(ops.packed_linear, torch.randn(1, 64), qweight, scales, None, None)
+        call(ops.packed_linear, torch.randn(1, 64), *packed, None, 8)
 
 
 def test_operators_run_the_kernels(call):
     x, tables = torch.randn(3, 128).half(), random_tables(2, 64)
     assert torch.equal(call(ops.rotate, x, *tables), call(triton_rotate.apply_rotation, x, *tables))
-    layer = random_layer(8, 128, 2, 32, True)[1:]
+    layer = (*random_layer(8, 128, 2, 32, True)[3], None, 8, *tables)
     assert torch.equal(call(ops.packed_linear, x, *layer), call(triton_linear.packed_linear, x, *layer))
 
 
@@ -217,7 +297,14 @@ def test_launch_configs():
             assert config["RUNS"] << config["LAYERS"] == odd << exponent
             assert config["RUNS_PADDED"] * config["ROWS"] << config["LAYERS"] <= 32768
             assert config["num_warps"] in (1, 2, 4, 8, 16)
-    for rows, group, dtype in itertools.product((1, 16, 17, 33, 4096), (32, 64, 96, 576, 4096), (HALF, FLOAT)):
-        config = triton_linear.launch_config(rows, 2, group, dtype)
-        assert group % config["BLOCK_K"] == 0
-        assert config["BLOCK_K"] >= 32
+
+
+def test_launch_table():
+    """Every GPU has a line for any number of rows, and no line of decode is for more rows than it can take."""
+    table = json.loads(Path(triton_linear.__file__).with_name("launch.json").read_text())
+    for gpu in table:
+        lines = triton_linear.launches(gpu)
+        limits = [math.inf if line.rows is None else line.rows for line in lines]
+        assert limits == sorted(set(limits)) and limits[-1] == math.inf
+        assert all(line.rows <= 16 for line in lines if line.kernel == "decode")
+        assert {line.kernel for line in lines} <= {"decode", "gemm", "dense"}

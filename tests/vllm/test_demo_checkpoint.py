@@ -98,4 +98,5 @@ def test_logits(answers):
 def test_sixteen_clients_get_the_text_of_offline_generation(answers, prompts, tmp_path):
     wanted = list(itertools.islice(itertools.cycle(answers["vLLM, dense"][0]), 16))
     requests = list(itertools.islice(itertools.cycle(prompts), 16))
-    assert ask_server(tmp_path, CHECKPOINT, requests, TOKENS, "--max-model-len", "256") == wanted
+    flags = ("--max-model-len", "256", "--enforce-eager")
+    assert ask_server(tmp_path, CHECKPOINT, requests, TOKENS, *flags) == wanted

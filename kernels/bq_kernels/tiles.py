@@ -1,0 +1,126 @@
+"""Load-time repacking: packed weights in the order in which the threads of a GPU read them.
+
+The checkpoint's rows are cut into tiles of 64 rows × 128 columns whose words lie side by side: a group of 128 threads
+reads one with 16-byte loads, and every thread finds in its own words the operands that it feeds to the matrix unit.
+Where N or K do not fill the last tile, codes are 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .packing import pack, unpack
+from .reference import apply_rotation, layout_of, packed_linear
+
+ROWS, COLUMNS = 64, 128  # of a tile
+FIELDS = {2: (2,), 3: (2, 1), 4: (4,)}  # widths of the fields in which a code is stored, low bits first
+WORDS = ROWS * COLUMNS // 32  # words of a tile, for every bit of a code
+TILES_AT_ONCE = 16  # rows of tiles that are repacked together: unpacked codes take 32 times the room
+
+
+def _thread_order(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """Fields of `width` bits, [N tiles, 64, K tiles, 128], in the order of their bit stream [N tiles, K tiles, 8192].
+
+    A thread (g, t) of a warp feeds rows g and g + 8 of the warp's 16 and, of every 8 columns, 2t and 2t + 1. Those two
+    go to the same bits of the two halves of a word, which masked in place then is two operands.
+    """
+    n_tiles, _, k_tiles, _ = codes.shape
+    blocks = max(width // 2, 1)  # 16 bytes of a thread are two rows × two words; wider fields come in several blocks
+    # row = (warp, row half, g), column = (block, word, pair, t, side)
+    view = codes.reshape(n_tiles, 4, 2, 8, k_tiles, blocks, width // blocks, 16 // width, 4, 2)
+    return view.permute(0, 4, 5, 1, 3, 8, 2, 6, 9, 7).reshape(n_tiles, k_tiles, -1)
+
+
+def tile_weight(qweight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Repack the words of a linear layer.
+
+    Args:
+        qweight: int32 [N, K·bits/32], the checkpoint's (format.py).
+        bits: bits per code.
+
+    Returns:
+        int32 [⌈N/64⌉, ⌈K/128⌉, 256·bits].
+    """
+    parts = []
+    for rows in qweight.split(ROWS * TILES_AT_ONCE):
+        codes = unpack(rows, bits)
+        codes = F.pad(codes, (0, -codes.shape[1] % COLUMNS, 0, -codes.shape[0] % ROWS))
+        codes = codes.reshape(codes.shape[0] // ROWS, ROWS, -1, COLUMNS)
+        streams, low = [], 0
+        for width in FIELDS[bits]:
+            field = (codes >> low) & ((1 << width) - 1)
+            streams.append(pack(_thread_order(field, width), width))
+            low += width
+        parts.append(torch.cat(streams, dim=-1))
+    return torch.cat(parts)
+
+
+def untile_weight(tiles: torch.Tensor, in_features: int, out_features: int) -> torch.Tensor:
+    """Inverse of `tile_weight`: the checkpoint's int32 [N, K·bits/32]."""
+    n_tiles, k_tiles, words = tiles.shape
+    bits = words // WORDS
+    position = torch.arange(ROWS * COLUMNS, device=tiles.device).reshape(1, ROWS, 1, COLUMNS)
+    codes, low = 0, 0
+    streams = tiles.split([WORDS * width for width in FIELDS[bits]], dim=-1)
+    for width, stream in zip(FIELDS[bits], streams, strict=True):
+        field = torch.empty(n_tiles, k_tiles, ROWS * COLUMNS, dtype=torch.uint8, device=tiles.device)
+        field[..., _thread_order(position, width).flatten()] = unpack(stream, width)
+        codes = codes + (field << low)
+        low += width
+    codes = codes.unflatten(-1, (ROWS, COLUMNS)).transpose(1, 2).reshape(n_tiles * ROWS, k_tiles * COLUMNS)
+    return pack(codes[:out_features, :in_features], bits)
+
+
+def tile_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Scales or zeros [N, K/group] as [K/group, 64·⌈N/64⌉]: rows of a tile read one run of memory."""
+    return F.pad(scales, (0, 0, 0, -scales.shape[0] % ROWS)).T.contiguous()
+
+
+def tile(
+    qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, in_features: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Repack a layer from the checkpoint's layout to that of the kernels.
+
+    Args:
+        qweight: int32 [N, K·bits/32].
+        scales: float16 [N, K/group].
+        zeros: float16 [N, K/group], or None for mid-rise levels.
+        in_features: K.
+
+    Returns:
+        int32 [⌈N/64⌉, ⌈K/128⌉, 256·bits], float16 [K/group, 64·⌈N/64⌉], and the same or None.
+
+    Raises:
+        ValueError: if no supported layout fits the shapes.
+    """
+    bits, _ = layout_of(qweight, scales, in_features)
+    return tile_weight(qweight, bits), tile_scales(scales), None if zeros is None else tile_scales(zeros)
+
+
+def tiled_linear(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = W′ (Q x) + bias with tiled weights, in plain torch: what the kernels are tested against.
+
+    Args:
+        x: [..., K], any float dtype.
+        tiles, scales, zeros: from `tile`.
+        bias: [N] or None.
+        out_features: N.
+        cos_sin, mix: tables of Q from `reference.givens_tables`; None: x is rotated already.
+
+    Returns:
+        [..., N] in the dtype of `x`; Q x is rounded to that dtype in between, all else is float32.
+    """
+    if cos_sin is not None:
+        x = apply_rotation(x, cos_sin, mix)
+    rows = (None if t is None else t[:, :out_features].T for t in (scales, zeros))
+    return packed_linear(x, untile_weight(tiles, x.shape[-1], out_features), *rows, bias)

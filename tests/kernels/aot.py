@@ -1,0 +1,122 @@
+"""Ahead-of-time builds of what the launchers launch, and what their machine code says: no GPU needed."""
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import triton
+from bq_kernels.gpu import Gpu
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# target, bytes of shared memory that a program may have, whether a kernel may start before the last has ended
+TARGETS = {
+    "sm80": (GPUTarget("cuda", 80, 32), 163 * 1024, False),
+    "sm90": (GPUTarget("cuda", 90, 32), 227 * 1024, True),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024, False),
+}
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+
+
+@dataclass
+class Report:
+    """What a build needs of the chip; `loop` counts the instructions of its hottest loop (NVIDIA only)."""
+
+    registers: int
+    spilled: int
+    shared: int
+    loop: Counter
+
+    def count(self, *names: str) -> int:
+        """Instructions of the loop whose name starts with one of `names`."""
+        return sum(number for name, number in self.loop.items() if name.startswith(names))
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it is launched with."""
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *arguments, **config):
+        self.arguments, self.config = arguments, config
+
+
+def record(monkeypatch, target, kernel_module, kernel, launcher_module, launcher, *arguments):
+    """The kernel, arguments and options of the launch that a call on `meta` tensors makes on a GPU like an H100."""
+    recorder = Recorder()
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_module, kernel, recorder)
+        patch.setattr(launcher_module, "gpu_of", lambda tensor: Gpu("", 132, TARGETS[target][2]))
+        getattr(launcher_module, launcher)(*arguments)
+    return getattr(kernel_module, kernel), recorder.arguments, recorder.config
+
+
+def _build(kernel, arguments, config, target):
+    """Compile for the arguments of a launch, specialised as Triton does on one: None, 1 and multiples of 16."""
+    names = kernel.arg_names
+    constants = {name: value for name, value in config.items() if name in names}
+    options = {name: value for name, value in config.items() if name not in names}
+    signature, attributes = dict.fromkeys(names, "constexpr"), {}
+    for i, (name, value) in enumerate(zip(names, arguments, strict=False)):
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value
+            continue
+        signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+
+
+def _hottest_loop(sass: str) -> Counter:
+    """Instructions of the loop with the most matrix instructions, then the longest, among those without inner loops."""
+    lines, labels, loops = sass.splitlines(), {}, []
+    for i, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = i
+        jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if jump and jump[1] in labels:
+            loops.append((labels[jump[1]], i))
+    inner = [(a, b) for a, b in loops if b > a + 1 and not any(a < c and d < b for c, d in loops)]
+    counts = [Counter(found[1] for line in lines[a:b] if (found := INSTRUCTION.search(line))) for a, b in inner]
+    weight = [(sum(n for name, n in c.items() if "MMA" in name), c.total()) for c in counts]
+    return counts[weight.index(max(weight))] if counts else Counter()
+
+
+def inspect(kernel, arguments, config, target, tmp_path) -> Report:
+    """Build for a target and read the result; fails where registers spill or shared memory does not suffice."""
+    gpu, shared_limit, _ = TARGETS[target]
+    built = _build(kernel, arguments, config, gpu)
+    loop = Counter()
+    if gpu.backend == "cuda":
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+
+        def ask(tool, *flags):
+            return subprocess.run([tool.path, *flags, cubin], capture_output=True, text=True, check=True).stdout
+
+        usage = ask(triton.knobs.nvidia.cuobjdump, "--dump-resource-usage")
+        registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+        spilled = stack + local
+        loop = _hottest_loop(ask(triton.knobs.nvidia.nvdisasm, "-c"))
+    else:
+        code = built.asm["amdgcn"]
+        registers, spills, private = (
+            int(re.search(rf"\.{key}:\s+(\d+)", code)[1])
+            for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+        )
+        spilled = spills + private
+    report = Report(registers, spilled, built.metadata.shared, loop)
+    top = ", ".join(f"{name} {number}" for name, number in loop.most_common(6))
+    print(f"{target}: {registers} registers, {report.shared} bytes of shared memory; loop {loop.total()}: {top}")
+    assert report.spilled == 0
+    assert report.shared <= shared_limit
+    return report
