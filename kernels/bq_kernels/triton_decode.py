@@ -103,7 +103,8 @@ def _decode_kernel(
     kept = tl.load(x + own * x_stride + column, mask=(own < rows) & (column < in_features), other=0.0)
     if cos_sin is not None:
         table = cos_sin + start * LOG_BLOCK
-        kept = butterfly(kept.to(tl.float32), table, (in_features - start) // 2, LOG_BLOCK, 1 << LOG_BLOCK).to(dtype)
+        pairs = (in_features - start) // 2
+        kept = butterfly(kept.to(tl.float32), table, pairs, LOG_BLOCK, 1 << LOG_BLOCK, 0, LOG_BLOCK, 1).to(dtype)
     if ONE_ROW:  # rotated alone; the matrix unit wants more
         kept = tl.where(m[:, None] == 0, kept, 0.0).to(dtype)
     kept = _split_columns(kept, LOG_UNITS)
@@ -164,6 +165,12 @@ def _decode_kernel(
                     tl.store(out + r * out_features + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
+def columns_kept(wanted: int, group: int, float_zero: bool) -> int:
+    """Columns that a program keeps, at most `wanted`: scales of the tile ahead have to fit into its registers."""
+    units = 4 if float_zero else 8
+    return max(min(wanted, units * min(group & -group, COLUMNS)), COLUMNS)
+
+
 def launch_config(rows: int, bits: int, group: int, in_features: int, block: int, slice_columns: int) -> dict:
     """Compile-time arguments and compiler options of the decode kernel.
 
@@ -184,7 +191,7 @@ def launch_config(rows: int, bits: int, group: int, in_features: int, block: int
         "UNITS_A_GROUP": group // unit,
         "LOG_BLOCK": block.bit_length() - 1,
         "ONE_ROW": rows == 1,
-        "BLOCK_M": 8 if rows <= 8 else 16,
+        "BLOCK_M": 16,  # with less, Triton 3.6 leaves the wide matrix instructions of Hopper aside
         "SLICE": slice_columns,
         "LOG_UNITS": (slice_columns // unit).bit_length() - 1,
         "SLICES": slices,

@@ -32,7 +32,7 @@ class Launch:
         rows: most rows of x that it is for; None for any number.
         kernel: `decode`, `gemm`, or `dense` (dequantize, then the vendor's product).
         programs: programs that are to share a multiprocessor; K is split until there are as many.
-        slice: decode: columns that a program keeps.
+        slice: decode: columns that a program keeps, where its registers hold them.
         fuse: decode: whether the program rotates them itself.
         block_m, tiles, stages, warps: gemm: see triton_gemm.launch_config.
     """
@@ -78,18 +78,13 @@ def _counters(device: torch.device) -> torch.Tensor:
     return _all_counters(device)[_stream_slot(device, stream)]
 
 
-def fused_block(cos_sin: torch.Tensor, mix: torch.Tensor, slice_columns: int) -> int | None:
-    """Block size of a rotation if a program that keeps `slice_columns` columns can apply it, else None."""
-    block = mix.shape[-1] << cos_sin.shape[2]
-    return block if mix.shape[-1] == 1 and 1 < block <= slice_columns else None
-
-
 def decode_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, launch: Launch, gpu: Gpu):
     """Launch the decode kernel on x [rows, K], rows ≤ 16; rotates by `cos_sin` unless that is None."""
     rows, in_features = x.shape
     block = 1 if cos_sin is None else 1 << cos_sin.shape[2]
     group = in_features // scales.shape[0]
-    config = triton_decode.launch_config(rows, tiles.shape[2] // WORDS, group, in_features, block, launch.slice)
+    columns = triton_decode.columns_kept(launch.slice, group, zeros is not None)
+    config = triton_decode.launch_config(rows, tiles.shape[2] // WORDS, group, in_features, block, columns)
     ranges = max(min(launch.programs * gpu.multiprocessors // config["SLICES"], tiles.shape[0]), 1)
     each = triton.cdiv(tiles.shape[0], ranges)
     ranges = triton.cdiv(tiles.shape[0], each)
@@ -190,8 +185,11 @@ def packed_linear(
     launch = launch or choose(gpu.name, x.shape[0])
     if x.dtype == torch.float32 and x.is_cuda:  # not what the matrix units take
         launch = Launch(None, "dense")
-    fused = launch.kernel == "decode" and launch.fuse and cos_sin is not None
-    fused = fused and fused_block(cos_sin, mix, launch.slice) is not None
+    fused = False
+    if launch.kernel == "decode" and launch.fuse and cos_sin is not None:
+        columns = triton_decode.columns_kept(launch.slice, group, zeros is not None)
+        # blocks that are a power of two and that a program keeps whole
+        fused = mix.shape[-1] == 1 and 1 < 1 << cos_sin.shape[2] <= columns
     if cos_sin is not None and not fused:
         x = apply_rotation(x, cos_sin, mix)
     packed = (x, tiles, scales, zeros, bias, out_features)

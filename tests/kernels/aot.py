@@ -43,21 +43,22 @@ class Report:
 class Recorder:
     """Stands in for a kernel and keeps what it is launched with."""
 
-    def __getitem__(self, grid):
-        return self.launch
+    def __init__(self):
+        self.launches = []
 
-    def launch(self, *arguments, **config):
-        self.arguments, self.config = arguments, config
+    def __getitem__(self, grid):
+        return lambda *arguments, **config: self.launches.append((arguments, config))
 
 
 def record(monkeypatch, target, kernel_module, kernel, launcher_module, launcher, *arguments):
-    """The kernel, arguments and options of the launch that a call on `meta` tensors makes on a GPU like an H100."""
+    """Kernel, arguments and options of every launch that a call on `meta` tensors makes on a GPU like an H100."""
     recorder = Recorder()
     with monkeypatch.context() as patch:
         patch.setattr(kernel_module, kernel, recorder)
         patch.setattr(launcher_module, "gpu_of", lambda tensor: Gpu("", 132, TARGETS[target][2]))
         getattr(launcher_module, launcher)(*arguments)
-    return getattr(kernel_module, kernel), recorder.arguments, recorder.config
+    assert recorder.launches
+    return [(getattr(kernel_module, kernel), *launch) for launch in recorder.launches]
 
 
 def _build(kernel, arguments, config, target):

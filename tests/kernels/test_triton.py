@@ -93,6 +93,7 @@ def test_rotation(call, shape, block_size, dtype):
 @pytest.mark.parametrize("block_size", [1536, 4096, 5120, 8192, 11008, 13824, 14336, 16384])
 def test_rotation_of_large_blocks(call, block_size):
     check_rotation(call, torch.randn(2, block_size).half(), block_size)
+    check_rotation(call, torch.randn(triton_rotate.FEW_ROWS + 1, block_size).half(), block_size)
 
 
 @pytest.mark.parametrize("factor", [1e-7, 1e-4, 6e4])
@@ -290,13 +291,16 @@ def test_operators_run_the_kernels(call):
     assert torch.equal(call(ops.packed_linear, x, *layer), call(triton_linear.packed_linear, x, *layer))
 
 
-def test_launch_configs():
+def test_rotation_launches():
     for rows, exponent, odd in itertools.product((1, 2, 17, 4096), range(15), (1, 3, 9, 43)):
-        if odd << exponent <= 16384:
-            config = triton_rotate.launch_config(rows, odd << exponent)
-            assert config["RUNS"] << config["LAYERS"] == odd << exponent
-            assert config["RUNS_PADDED"] * config["ROWS"] << config["LAYERS"] <= 32768
-            assert config["num_warps"] in (1, 2, 4, 8, 16)
+        block = odd << exponent
+        if block <= 16384:
+            configs = triton_rotate.launch_configs(rows, block)
+            assert sum(config["COUNT"] for config in configs) == exponent
+            for config in configs:
+                assert block % (config["HEIGHT"] * config["COLUMNS"]) == 0
+                assert config["PADDED"] * config["COLUMNS"] * config["ROWS"] <= 32768
+                assert config["num_warps"] in (1, 2, 4, 8, 16)
 
 
 def test_launch_table():
