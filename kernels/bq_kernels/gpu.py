@@ -14,11 +14,13 @@ class Gpu:
 
     Attributes:
         name: as its driver says it.
+        architecture: `sm90`, `gfx942`, …
         multiprocessors: how many it has.
         early_launch: whether a kernel may start before the last one has ended (programmatic dependent launch).
     """
 
     name: str
+    architecture: str
     multiprocessors: int
     early_launch: bool
 
@@ -32,10 +34,13 @@ class Gpu:
 @functools.cache
 def _gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
-    hopper = torch.version.hip is None and properties.major >= 9
-    return Gpu(properties.name, properties.multi_processor_count, hopper)
+    if torch.version.hip:
+        architecture, hopper = properties.gcnArchName.split(":")[0], False
+    else:
+        architecture, hopper = f"sm{properties.major}{properties.minor}", properties.major >= 9
+    return Gpu(properties.name, architecture, properties.multi_processor_count, hopper)
 
 
 def gpu_of(tensor: torch.Tensor) -> Gpu:
     """The GPU of a tensor; for tensors elsewhere (interpreted kernels) one with a single multiprocessor."""
-    return _gpu(tensor.device.index) if tensor.is_cuda else Gpu("", 1, False)
+    return _gpu(tensor.device.index) if tensor.is_cuda else Gpu("", "", 1, False)

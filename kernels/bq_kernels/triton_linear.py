@@ -1,6 +1,7 @@
 """The packed linear on a GPU: which kernel takes how many rows, and how it is launched.
 
-`launch.json` holds the choice by GPU, as measured by benchmarks/kernels.py; a GPU that is not in it gets `default`.
+`launch.json` holds the choice by the name of a GPU, where benchmarks/kernels.py has measured it, else by architecture,
+else `default`.
 """
 
 from __future__ import annotations
@@ -49,15 +50,17 @@ class Launch:
 
 
 @functools.cache
-def launches(gpu: str) -> tuple[Launch, ...]:
-    """Lines for a GPU by its name, fewest rows first."""
+def launches(name: str, architecture: str) -> tuple[Launch, ...]:
+    """Lines for a GPU, fewest rows first."""
     table = json.loads(Path(__file__).with_name("launch.json").read_text())
-    return tuple(Launch(**line) for line in table.get(gpu, table["default"]))
+    lines = table.get(name) or table.get(architecture) or table["default"]
+    return tuple(Launch(**line) for line in lines)
 
 
-def choose(gpu: str, rows: int) -> Launch:
+def choose(gpu: Gpu, rows: int) -> Launch:
     """The line for a number of rows."""
-    return next(launch for launch in launches(gpu) if launch.rows is None or rows <= launch.rows)
+    lines = launches(gpu.name, gpu.architecture)
+    return next(launch for launch in lines if launch.rows is None or rows <= launch.rows)
 
 
 @functools.cache
@@ -182,7 +185,7 @@ def packed_linear(
     if group % GROUP_MULTIPLE:
         raise ValueError(f"the kernels need groups of a multiple of {GROUP_MULTIPLE} columns, not {group}")
     gpu = gpu_of(x)
-    launch = launch or choose(gpu.name, x.shape[0])
+    launch = launch or choose(gpu, x.shape[0])
     if x.dtype == torch.float32 and x.is_cuda:  # not what the matrix units take
         launch = Launch(None, "dense")
     fused = False

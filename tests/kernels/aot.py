@@ -55,7 +55,7 @@ def record(monkeypatch, target, kernel_module, kernel, launcher_module, launcher
     recorder = Recorder()
     with monkeypatch.context() as patch:
         patch.setattr(kernel_module, kernel, recorder)
-        patch.setattr(launcher_module, "gpu_of", lambda tensor: Gpu("", 132, TARGETS[target][2]))
+        patch.setattr(launcher_module, "gpu_of", lambda tensor: Gpu("", target, 132, TARGETS[target][2]))
         getattr(launcher_module, launcher)(*arguments)
     assert recorder.launches
     return [(getattr(kernel_module, kernel), *launch) for launch in recorder.launches]

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from bq_kernels import ops, reference, triton_linear, triton_rotate
 from bq_kernels.format import num_angles
+from bq_kernels.gpu import Gpu
 from bq_kernels.packing import pack
 from bq_kernels.tiles import tile, tiled_linear
 from bq_kernels.triton_linear import Launch
@@ -234,7 +235,7 @@ def test_gemm_split(call, programs):
 @pytest.mark.parametrize("rows", [1, 16, 17, 33, 65, 257])
 def test_linear_by_number_of_rows(call, rows):
     bias = torch.randn(70).half()
-    launch = triton_linear.choose("", rows)
+    launch = triton_linear.choose(Gpu("", "", 1, False), rows)
     check_linear(call, torch.randn(rows, 256).half(), 70, 2, 128, False, bias, launch=launch, block=128)
 
 
@@ -307,7 +308,7 @@ def test_launch_table():
     """Every GPU has a line for any number of rows, and no line of decode is for more rows than it can take."""
     table = json.loads(Path(triton_linear.__file__).with_name("launch.json").read_text())
     for gpu in table:
-        lines = triton_linear.launches(gpu)
+        lines = triton_linear.launches(gpu, "")
         limits = [math.inf if line.rows is None else line.rows for line in lines]
         assert limits == sorted(set(limits)) and limits[-1] == math.inf
         assert all(line.rows <= 16 for line in lines if line.kernel == "decode")
