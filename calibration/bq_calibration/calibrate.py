@@ -27,8 +27,9 @@ from . import analysis
 from .architecture import InputGroup
 from .checkpoint import export, write_json, write_tensors
 from .data import calibration_tokens, sampled_tokens
+from .distill import distill
 from .errors import UserError, WriteError
-from .model import SourceModel
+from .model import SourceModel, TensorStore
 from .quantize import Quantized, output_error, refine, round_gptq, round_nearest
 from .recipes import Recipe, quant_config
 from .report import write_report
@@ -96,12 +97,22 @@ class Calibration:
                     forward(keep=hidden)
                 reports.append(json.loads(stem.with_suffix(".json").read_text()))
                 progress.advance(task)
+            rounded, training = self.staging / "blocks", None
+            if self.recipe.distill:
+                rounded, training = self._train(tokens, progress)
             progress.update(task, description="writing the checkpoint")
             final = self.staging / "final"
             shutil.rmtree(final, ignore_errors=True)
-            export(self.source, self.staging / "blocks", self.config, self.recipe, final)
+            export(self.source, rounded, self.config, self.recipe, final)
             write_report(
-                final, self.source.folder, self.config, self.recipe, tokens.numel(), reports, self._run_facts()
+                final,
+                self.source.folder,
+                self.config,
+                self.recipe,
+                tokens.numel(),
+                reports,
+                training,
+                self._run_facts(),
             )
             os.replace(final, self.out)
         shutil.rmtree(self.staging)
@@ -174,6 +185,21 @@ class Calibration:
                 tokens = calibration_tokens(tokenizer, recipe.dataset, recipe.samples, recipe.seqlen, recipe.seed)
             write_tensors(file, {"tokens": tokens})
         return load_file(file)["tokens"]
+
+    def _train(self, tokens: torch.Tensor, progress: Progress) -> tuple[Path, dict[str, Any]]:
+        """End-to-end training; returns the folder with its tensors, and its report."""
+        folder = self.staging / "trained"
+        folder.mkdir(exist_ok=True)
+        if not (folder / "model.safetensors").exists():
+            packed = TensorStore(self.staging / "blocks")
+            saved = self.staging / "training.safetensors"
+            recipe = self.recipe
+            tensors, report = distill(
+                self.source, self.config, packed, tokens, recipe.distill, recipe.seed, saved, progress
+            )
+            write_json(folder / "report.json", report)
+            write_tensors(folder / "model.safetensors", tensors)  # last: its presence means done
+        return folder, json.loads((folder / "report.json").read_text())
 
     # ---- one block
 

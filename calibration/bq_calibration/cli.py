@@ -71,6 +71,7 @@ def calibrate(
     uniformity: Annotated[float | None, typer.Option(help="Weight of the paper's uniformity term.")] = None,
     rounding: Annotated[str | None, typer.Option(help="rtn or gptq.")] = None,
     refine: Annotated[int | None, typer.Option(help="Sweeps that refine codes and scales after rounding.")] = None,
+    distill: Annotated[int | None, typer.Option(help="Steps of end-to-end training after rounding.")] = None,
     tensor_parallel: Annotated[int | None, typer.Option(help="GPUs a layer must be able to be cut over.")] = None,
     dataset: Annotated[str | None, typer.Option(help="wikitext2, c4, self, or a .txt/.jsonl/.parquet file.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,

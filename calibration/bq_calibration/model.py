@@ -157,6 +157,10 @@ class SourceModel:
         """Decoder block `index`, with its weights in memory for as long as the context lasts."""
         return self._loaded(self.decoder.layers[index], self.block_prefix(index))
 
+    def final_norm(self) -> AbstractContextManager[nn.Module]:
+        """The norm behind the last block, with its weight in memory for as long as the context lasts."""
+        return self._loaded(self.decoder.norm, "model.norm.")
+
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         """What enters the first block, and the further arguments that every block gets.

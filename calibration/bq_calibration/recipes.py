@@ -22,6 +22,7 @@ class Recipe:
             quantizer, or `gptq`, the error to expect of GPTQ.
         uniformity: weight λ of the paper's uniformity term.
         refine: sweeps of coordinate descent over codes and least squares for scales after rounding.
+        distill: steps of end-to-end training of scales, zeros, angles and norms after everything is rounded.
         tensor_parallel: rotation blocks and groups of row-parallel layers stay inside a shard at this many GPUs.
     """
 
@@ -38,6 +39,7 @@ class Recipe:
     uniformity: float = 0.0
     rounding: str = "gptq"
     refine: int = 0
+    distill: int = 0
     tensor_parallel: int = 1
     dataset: str = "c4"
     samples: int = 128
@@ -52,6 +54,8 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     # what is best within a few minutes on two cores
     "fast": Recipe(steps=20, refine=4, samples=64, seqlen=512),
+    # so far: `fast`, then end-to-end training
+    "best": Recipe(steps=20, refine=4, samples=256, seqlen=512, distill=120),
     # arXiv 2509.09679: full width, identity start, Adam at 0.01 for at most 500 steps, uniformity on, 128 samples
     "paper": Recipe(
         rotation_block=None,
@@ -88,7 +92,14 @@ def make_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
         if getattr(recipe, field) not in allowed:
             flag = field.replace("_", "-")
             raise UserError(f"--{flag} {getattr(recipe, field)}: expected one of {', '.join(map(str, allowed))}")
-    for field, least in {"samples": 1, "seqlen": 2, "steps": 0, "refine": 0, "tensor_parallel": 1}.items():
+    for field, least in {
+        "samples": 1,
+        "seqlen": 2,
+        "steps": 0,
+        "refine": 0,
+        "distill": 0,
+        "tensor_parallel": 1,
+    }.items():
         if getattr(recipe, field) < least:
             raise UserError(f"--{field.replace('_', '-')}: expected at least {least}")
     if not recipe.lr > 0:

@@ -23,6 +23,7 @@ def write_report(
     recipe: Recipe,
     tokens: int,
     blocks: list[list[dict[str, Any]]],
+    training: dict[str, Any] | None,
     run: dict[str, Any],
 ) -> None:
     """Write `bq_report.json` and the pictures under `report/` into a finished checkpoint.
@@ -34,6 +35,7 @@ def write_report(
         recipe: settings of the run.
         tokens: calibration tokens used.
         blocks: per decoder block, the reports of its input groups.
+        training: of the end-to-end training, None without it.
         run: time, memory and machine: all that differs from run to run stands here.
     """
     verified = verify(folder)
@@ -58,13 +60,14 @@ def write_report(
             "mean_refined_output_error": sum(r["refined_output_error"] for r in inputs) / len(inputs),
         },
         "inputs": inputs,
+        "training": training,
         "run": run,
     }
     write_json(folder / "bq_report.json", report)
-    draw(folder / "report", inputs, config)
+    draw(folder / "report", inputs, config, training)
 
 
-def draw(folder: Path, inputs: list[dict[str, Any]], config: QuantConfig) -> None:
+def draw(folder: Path, inputs: list[dict[str, Any]], config: QuantConfig, training: dict[str, Any] | None) -> None:
     """Draw outliers, output errors, coherence and learning curves as PNG files into a new folder."""
     folder.mkdir()
     names = list(dict.fromkeys(report["layers"] for report in inputs))
@@ -129,4 +132,12 @@ def draw(folder: Path, inputs: list[dict[str, Any]], config: QuantConfig) -> Non
         figure.suptitle("Learning the angles; from dark (first block) to light (last)")
         figure.tight_layout()
         figure.savefig(folder / "learning.png", dpi=100)
+        plt.close(figure)
+
+    if training:
+        figure, axis = plt.subplots(figsize=(8, 4))
+        axis.plot(training["losses"])
+        axis.set(xlabel="step", ylabel="KL to the 16-bit model, nats a token", title="End-to-end training")
+        figure.tight_layout()
+        figure.savefig(folder / "training.png", dpi=100)
         plt.close(figure)
