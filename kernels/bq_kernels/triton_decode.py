@@ -13,23 +13,25 @@ TILE_ROWS, TILE_COLUMNS, TILE_WORDS = tl.constexpr(ROWS), tl.constexpr(COLUMNS),
 
 
 @triton.jit
-def _load_tiles(tiles, row, k_tile, k_tiles, CHUNKS: tl.constexpr, BITS: tl.constexpr):
-    """Words of CHUNKS tiles side by side."""
+def _load_tiles(tiles, row, end, k_tile, k_tiles, CHUNKS: tl.constexpr, BITS: tl.constexpr):
+    """Words of CHUNKS tiles side by side; nothing is read from row `end` on."""
     words = ()
     for chunk in tl.static_range(CHUNKS):
         tile = tiles + (row * k_tiles + k_tile + chunk).to(tl.int64) * (TILE_WORDS * BITS)
-        exists = k_tile + chunk + tl.arange(0, 1)[:, None] < k_tiles
+        one = tl.arange(0, 1)[:, None]
+        exists = (k_tile + chunk + one < k_tiles) & (row + one < end)
         words = words + (load_words(tile, exists, BITS, 1, 0),)
     return words
 
 
 @triton.jit
-def _load_scales(scales, row, unit, units, stride, UNITS: tl.constexpr, UNITS_A_GROUP: tl.constexpr):
-    """Scales of a tile's rows for UNITS units of columns."""
+def _load_scales(scales, row, end, unit, units, stride, UNITS: tl.constexpr, UNITS_A_GROUP: tl.constexpr):
+    """Scales of a tile's rows for UNITS units of columns; past row `end` those of the last row again, unused."""
+    n = tl.minimum(row, end - 1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     parts = ()
     for u in tl.static_range(UNITS):
         group = tl.minimum(unit + u, units - 1) // UNITS_A_GROUP
-        parts = parts + (tl.load(scales + group * stride + row * TILE_ROWS + tl.arange(0, TILE_ROWS)),)
+        parts = parts + (tl.load(scales + group * stride + n),)
     return parts
 
 
@@ -90,11 +92,12 @@ def _decode_kernel(
     end = tl.minimum(first + tiles_a_program, n_tiles)
 
     # weights do not depend on the kernel before this one: they are on their way while it still runs
-    next_words = _load_tiles(tiles, first, start // TILE_COLUMNS, k_tiles, CHUNKS, BITS)
-    next_scales = _load_scales(scales, first, start // UNIT, units, stride, UNITS, UNITS_A_GROUP)
+    next_words = _load_tiles(tiles, first, end, start // TILE_COLUMNS, k_tiles, CHUNKS, BITS)
+    next_scales = _load_scales(scales, first, end, start // UNIT, units, stride, UNITS, UNITS_A_GROUP)
     if zeros is not None:
-        next_zeros = _load_scales(zeros, first, start // UNIT, units, stride, UNITS, UNITS_A_GROUP)
+        next_zeros = _load_scales(zeros, first, end, start // UNIT, units, stride, UNITS, UNITS_A_GROUP)
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
     m = tl.arange(0, BLOCK_M)
@@ -115,12 +118,11 @@ def _decode_kernel(
 
     for row in range(first, end):
         words, scale = next_words, next_scales
-        after = tl.minimum(row + 1, end - 1)
-        next_words = _load_tiles(tiles, after, start // TILE_COLUMNS, k_tiles, CHUNKS, BITS)
-        next_scales = _load_scales(scales, after, start // UNIT, units, stride, UNITS, UNITS_A_GROUP)
+        next_words = _load_tiles(tiles, row + 1, end, start // TILE_COLUMNS, k_tiles, CHUNKS, BITS)
+        next_scales = _load_scales(scales, row + 1, end, start // UNIT, units, stride, UNITS, UNITS_A_GROUP)
         if zeros is not None:
             zero = next_zeros
-            next_zeros = _load_scales(zeros, after, start // UNIT, units, stride, UNITS, UNITS_A_GROUP)
+            next_zeros = _load_scales(zeros, row + 1, end, start // UNIT, units, stride, UNITS, UNITS_A_GROUP)
         acc = tl.full([TILE_ROWS, BLOCK_M], 0.0, tl.float32)
         for chunk in tl.static_range(CHUNKS):
             split = split_words(words[chunk], 1, BITS)

@@ -34,6 +34,7 @@ def _dequantize_kernel(
     tile = tl.program_id(1).to(tl.int64) * tl.cdiv(in_features, TILE_COLUMNS) + k_tile
     split = split_words(load_words(tiles + tile * (TILE_WORDS * BITS), None, BITS, 1, 0), 1, BITS)
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     for part in tl.static_range(TILE_COLUMNS // UNIT):
         start = k_tile * TILE_COLUMNS + part * UNIT

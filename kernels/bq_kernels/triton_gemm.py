@@ -49,6 +49,7 @@ def _gemm_kernel(
     here = tiles + first * words_of_row
     exists = first + tl.arange(0, TILES)[:, None] < n_tiles
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
     acc = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
