@@ -1,7 +1,10 @@
 """Numeric parity on a real model: the checkpoint that `make demo` leaves, or the one that BQ_CHECKPOINT names."""
 
 import itertools
+import json
 import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -100,3 +103,15 @@ def test_sixteen_clients_get_the_text_of_offline_generation(answers, prompts, tm
     requests = list(itertools.islice(itertools.cycle(prompts), 16))
     flags = ("--max-model-len", "256", "--enforce-eager")
     assert ask_server(tmp_path, CHECKPOINT, requests, TOKENS, *flags) == wanted
+
+
+def test_offline_example(tmp_path):
+    script = Path(__file__).parents[2] / "examples" / "offline_batch.py"
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"prompt": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)))
+    call = [sys.executable, script, CHECKPOINT, source, target, "--max-tokens", 4, "--eager", "--max-model-len", 256]
+    done = subprocess.run([str(part) for part in call], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [(line["prompt"], line["id"]) for line in lines] == [(text, i) for i, text in enumerate(TEXTS)]
+    assert all(line["text"] for line in lines)
