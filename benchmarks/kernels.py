@@ -204,16 +204,17 @@ def seconds(run: Callable[[int], object], sets: int) -> tuple[float, float]:
     return median, upper - lower
 
 
-def _touch(outputs: int, inputs: int, group: int, counts: list[int], launches: list[Launch | None]) -> None:
+def _touch(
+    outputs: int, inputs: int, group: int, counts: list[int], launches: list[Launch | None], device: str = "cuda"
+) -> None:
     """Run our kernels once, in a process of its own, for Triton to keep their builds on disk."""
-    case = Case(outputs, inputs, group, "cuda", 0)
+    case = Case(outputs, inputs, group, device, 0)
     blocks = {group, inputs, *([WIDE_BLOCK] if inputs % WIDE_BLOCK == 0 else [])} if launches == [None] else {group}
     for count, launch, block in itertools.product(counts, launches, [None, *blocks]):
-        x = torch.randn(count, inputs, device="cuda", dtype=DTYPE)
+        x = torch.randn(count, inputs, device=device, dtype=DTYPE)
         tables = case.rotation(block) if block else (None, None)
         with contextlib.suppress(Exception):  # what does not build is reported where it is timed
             triton_linear.packed_linear(x, *case.packed[0], None, outputs, *tables, launch)
-    torch.cuda.synchronize()
 
 
 def compile_ahead(jobs: list[tuple]) -> None:
@@ -223,8 +224,9 @@ def compile_ahead(jobs: list[tuple]) -> None:
     started = time.monotonic()
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count() or 1, 14), mp_context=spawn) as pool:
-        for done in [pool.submit(_touch, *job) for job in jobs]:
-            done.result()
+        for done in concurrent.futures.as_completed([pool.submit(_touch, *job) for job in jobs]):
+            if problem := done.exception():  # the timed run will say more
+                console.print(f"building ahead: {type(problem).__name__}: {problem}"[:160], markup=False)
     console.print(f"kernels built in {time.monotonic() - started:.0f} s")
 
 
