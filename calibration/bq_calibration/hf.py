@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from bq_kernels import ops
 from bq_kernels.format import QUANT_METHOD, QuantConfig
-from bq_kernels.reference import dense_weight, givens_tables, hadamard_angles
+from bq_kernels.reference import apply_rotation, dense_weight, givens_tables, hadamard_angles, packed_linear
 from bq_kernels.tiles import tile
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -19,6 +19,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import quantized_layers, verify
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether the packed product runs as a kernel there, or in plain torch on the tensors as they are stored."""
+    return device.type != "cpu" or ops.interpreted()
 
 
 class ButterflyLinear(nn.Module):
@@ -40,21 +45,31 @@ class ButterflyLinear(nn.Module):
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
             setattr(self, suffix, nn.Parameter(tensor, requires_grad=False))
         self.bias = linear.bias
-        self._repacked: tuple[torch.Tensor, ...] = ()
+        self._prepared_for: torch.device | None = None
         self._tables: tuple[torch.Tensor, ...] = ()
+        self._tiled: tuple[torch.Tensor | None, ...] = ()
 
     def _all_angles(self) -> torch.Tensor | None:
         if self.kind == "hadamard":
             return hadamard_angles(self.in_features, self.block_size, self.qweight.device)
         return self.angles
 
+    def _prepare(self, device: torch.device) -> None:
+        if self.kind != "none":
+            self._tables = givens_tables(self._all_angles(), self.block_size)
+        if runs_kernels(device):
+            self._tiled = tile(self.qweight, self.scales, self.zeros, self.in_features)
+        self._prepared_for = device
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = W′ Q x + bias; x [..., in_features] to [..., out_features], same dtype."""
-        if not self._repacked or self._repacked[0].device != x.device:
-            self._repacked = tile(self.qweight, self.scales, self.zeros, self.in_features)
-            if self.kind != "none":
-                self._tables = givens_tables(self._all_angles(), self.block_size)
-        return ops.packed_linear(x, *self._repacked, self.bias, self.out_features, *self._tables)
+        if self._prepared_for != x.device:
+            self._prepare(x.device)
+        if runs_kernels(x.device):
+            return ops.packed_linear(x, *self._tiled, self.bias, self.out_features, *self._tables)
+        if self._tables:
+            x = apply_rotation(x, *self._tables)
+        return packed_linear(x, self.qweight, self.scales, self.zeros, self.bias)
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """The same layer as an ordinary dense one, rotation folded in."""

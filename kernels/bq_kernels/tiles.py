@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .packing import pack, unpack
-from .reference import apply_rotation, layout_of, packed_linear
+from .reference import apply_rotation, layout_of, levels
 
 ROWS, COLUMNS = 64, 128  # of a tile
 FIELDS = {2: (2,), 3: (2, 1), 4: (4,)}  # widths of the fields in which a code is stored, low bits first
@@ -56,20 +56,19 @@ def tile_weight(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def untile_weight(tiles: torch.Tensor, in_features: int, out_features: int) -> torch.Tensor:
-    """Inverse of `tile_weight`: the checkpoint's int32 [N, K·bits/32]."""
+def untile_codes(tiles: torch.Tensor, in_features: int, out_features: int) -> torch.Tensor:
+    """Codes uint8 [N, K] of tiles from `tile_weight`."""
     n_tiles, k_tiles, words = tiles.shape
-    bits = words // WORDS
+    widths = FIELDS[words // WORDS]
     position = torch.arange(ROWS * COLUMNS, device=tiles.device).reshape(1, ROWS, 1, COLUMNS)
-    codes, low = 0, 0
-    streams = tiles.split([WORDS * width for width in FIELDS[bits]], dim=-1)
-    for width, stream in zip(FIELDS[bits], streams, strict=True):
-        field = torch.empty(n_tiles, k_tiles, ROWS * COLUMNS, dtype=torch.uint8, device=tiles.device)
-        field[..., _thread_order(position, width).flatten()] = unpack(stream, width)
-        codes = codes + (field << low)
+    codes = torch.zeros(n_tiles, k_tiles, ROWS * COLUMNS, dtype=torch.uint8, device=tiles.device)
+    low = 0
+    for width, stream in zip(widths, tiles.split([WORDS * width for width in widths], dim=-1), strict=True):
+        place = _thread_order(position, width).flatten().argsort()
+        codes |= unpack(stream, width)[..., place] << low
         low += width
     codes = codes.unflatten(-1, (ROWS, COLUMNS)).transpose(1, 2).reshape(n_tiles * ROWS, k_tiles * COLUMNS)
-    return pack(codes[:out_features, :in_features], bits)
+    return codes[:out_features, :in_features]
 
 
 def tile_scales(scales: torch.Tensor) -> torch.Tensor:
@@ -122,5 +121,7 @@ def tiled_linear(
     """
     if cos_sin is not None:
         x = apply_rotation(x, cos_sin, mix)
-    rows = (None if t is None else t[:, :out_features].T for t in (scales, zeros))
-    return packed_linear(x, untile_weight(tiles, x.shape[-1], out_features), *rows, bias)
+    codes = untile_codes(tiles, x.shape[-1], out_features).unflatten(-1, (scales.shape[0], -1))
+    scales, zeros = (None if t is None else t[:, :out_features].T for t in (scales, zeros))
+    weight = levels(codes, scales, zeros, tiles.shape[-1] // WORDS).flatten(-2)
+    return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)

@@ -38,6 +38,17 @@ def test_generation(checkpoint):
     assert torch.equal(packed, dense)
 
 
+def test_layers_as_a_gpu_runs_them(checkpoint, monkeypatch):
+    """Repacked, through the operator; on the CPU that is the reference of the kernels."""
+    ids = torch.randint(3, 30, (2, 9))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        monkeypatch.setattr(bq_calibration.hf, "runs_kernels", lambda device: True)
+        tiled = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()(input_ids=ids).logits
+    torch.testing.assert_close(tiled, plain)
+
+
 def test_importing_twice_is_harmless():
     import importlib
 

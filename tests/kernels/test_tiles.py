@@ -2,16 +2,16 @@ import pytest
 import torch
 from bq_kernels import reference
 from bq_kernels.packing import pack
-from bq_kernels.tiles import COLUMNS, ROWS, tile, tile_weight, tiled_linear, untile_weight
+from bq_kernels.tiles import COLUMNS, ROWS, tile, tile_weight, tiled_linear, untile_codes
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("shape", [(64, 128), (1, 32), (70, 160), (200, 576), (1100, 32)])
 def test_there_and_back(shape, bits):
-    qweight = pack(torch.randint(2**bits, shape), bits)
-    tiles = tile_weight(qweight, bits)
+    codes = torch.randint(2**bits, shape, dtype=torch.uint8)
+    tiles = tile_weight(pack(codes, bits), bits)
     assert tiles.shape == (-(-shape[0] // ROWS), -(-shape[1] // COLUMNS), 256 * bits)
-    assert torch.equal(untile_weight(tiles, shape[1], shape[0]), qweight)
+    assert torch.equal(untile_codes(tiles, shape[1], shape[0]), codes)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
