@@ -108,7 +108,7 @@ def test_student_is_what_the_checkpoint_says(model, text, tmp_path):
     assert got == pytest.approx(want, rel=0.05)  # the student multiplies in bfloat16
 
 
-@pytest.mark.parametrize("stop_after", [3, 4])
+@pytest.mark.parametrize("stop_after", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_resumed_training_gives_the_same_bytes(stop_after, model, text, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SAVE_EVERY", 2)
     whole = run(model, tmp_path / "whole", text, distill=6)

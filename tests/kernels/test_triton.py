@@ -195,7 +195,7 @@ def test_groups(call, in_features, group, launch, float_zero):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16])
-@pytest.mark.parametrize("slice_columns", [128, 512])
+@pytest.mark.parametrize("slice_columns", [128, pytest.param(512, marks=pytest.mark.slow)])
 def test_decode_rows(call, rows, slice_columns):
     """Slices that reach past K, one and several tiles a program."""
     programs, dtype = (1, HALF) if rows % 2 else (64, BRAIN)
@@ -217,6 +217,7 @@ def test_rotation_before_linear(call, launch):
         check_linear(call, torch.randn(rows, 384).half(), 65, 2, 64, False, launch=launch, block=block)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "out_features"), [(17, 1), (31, 65), (64, 64), (65, 31), (130, 70)])
 @pytest.mark.parametrize("launch", [gemm(32), gemm(32, 2), gemm(64, 2), gemm(128)])
 def test_gemm_tiles(call, rows, out_features, launch):
