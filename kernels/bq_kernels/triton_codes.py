@@ -7,6 +7,21 @@ codes into two operands, (q − c)·2⁻ᶠ with c = (2^bits − 1)/2, exactly; 
 import triton
 import triton.language as tl
 
+from .tiles import COLUMNS, ROWS, WORDS
+
+TILE_ROWS, TILE_COLUMNS, TILE_WORDS = tl.constexpr(ROWS), tl.constexpr(COLUMNS), tl.constexpr(WORDS)
+
+
+def unit_of(group: int) -> int:
+    """Columns that one product takes: within a tile, and of one scale when `group` columns share one."""
+    return min(group & -group, COLUMNS)
+
+
+@triton.constexpr_function
+def centre(bits):
+    """c, the middle of the codes."""
+    return (2**bits - 1) / 2
+
 
 @triton.constexpr_function
 def down_scale(dtype):
@@ -76,13 +91,12 @@ def _pair(words, J: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
     code = tl.join(word.to(tl.int16), (word >> 16).to(tl.int16))
     if BITS != 3:  # as 16 bits, for then the compiler sees one operation on both halves
         code &= MASK
-    CENTRE: tl.constexpr = ((1 << BITS) - 1) / 2
     if dtype == tl.float32:
-        level = code.to(tl.float32) * _multiplier(dtype, PLACE) - CENTRE
+        level = code.to(tl.float32) * _multiplier(dtype, PLACE) - centre(BITS)
     else:
         half = code.to(dtype, bitcast=True)
         scale = tl.full(half.shape, _multiplier(dtype, PLACE), dtype)
-        level = tl.fma(half, scale, tl.full(half.shape, -CENTRE / down_scale(dtype), dtype))
+        level = tl.fma(half, scale, tl.full(half.shape, -centre(BITS) / down_scale(dtype), dtype))
     return level
 
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import COLUMNS, ROWS, WORDS
-from .triton_codes import down_scale, load_words, operands, split_words
+from .tiles import COLUMNS
+from .triton_codes import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TILE_WORDS,
+    centre,
+    down_scale,
+    load_words,
+    operands,
+    split_words,
+    unit_of,
+)
 from .triton_rotate import butterfly
-
-TILE_ROWS, TILE_COLUMNS, TILE_WORDS = tl.constexpr(ROWS), tl.constexpr(COLUMNS), tl.constexpr(WORDS)
 
 
 @triton.jit
@@ -130,7 +138,7 @@ def _decode_kernel(
                 levels = operands(split, part * PAIRS, PAIRS, BITS, dtype)
                 product = tl.dot(levels, tl.trans(kept[chunk * UNITS_A_CHUNK + part]), input_precision="ieee")
                 if zeros is not None:
-                    centred = zero[chunk * UNITS_A_CHUNK + part].to(tl.float32) - ((1 << BITS) - 1) / 2
+                    centred = zero[chunk * UNITS_A_CHUNK + part].to(tl.float32) - centre(BITS)
                     product -= centred[:, None] * sums[chunk * UNITS_A_CHUNK + part][None, :]
                 acc += product * scale[chunk * UNITS_A_CHUNK + part].to(tl.float32)[:, None]
         acc *= down_scale(dtype)
@@ -170,7 +178,7 @@ def _decode_kernel(
 def columns_kept(wanted: int, group: int, float_zero: bool) -> int:
     """Columns that a program keeps, at most `wanted`: scales of the tile ahead have to fit into its registers."""
     units = 4 if float_zero else 8
-    return max(min(wanted, units * min(group & -group, COLUMNS)), COLUMNS)
+    return max(min(wanted, units * unit_of(group)), COLUMNS)
 
 
 def launch_config(rows: int, bits: int, group: int, in_features: int, block: int, slice_columns: int) -> dict:
@@ -184,7 +192,7 @@ def launch_config(rows: int, bits: int, group: int, in_features: int, block: int
         block: block size of the rotation to apply, a power of two that divides `slice_columns`; 1 for none.
         slice_columns: columns that a program keeps, 128·2ⁱ.
     """
-    unit = min(group & -group, COLUMNS)
+    unit = unit_of(group)
     slices = triton.cdiv(in_features, slice_columns)
     padded = triton.next_power_of_2(slices)
     return {

@@ -7,10 +7,18 @@ import triton
 import triton.language as tl
 
 from .gpu import gpu_of
-from .tiles import COLUMNS, ROWS, WORDS
-from .triton_codes import down_scale, load_words, operands, split_words
-
-TILE_ROWS, TILE_COLUMNS, TILE_WORDS = tl.constexpr(ROWS), tl.constexpr(COLUMNS), tl.constexpr(WORDS)
+from .tiles import WORDS
+from .triton_codes import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TILE_WORDS,
+    centre,
+    down_scale,
+    load_words,
+    operands,
+    split_words,
+    unit_of,
+)
 
 
 @triton.jit
@@ -42,7 +50,7 @@ def _dequantize_kernel(
         scale = tl.load(scales + group + n).to(tl.float32)
         weight = operands(split, part * PAIRS, PAIRS, BITS, dtype).to(tl.float32) * down_scale(dtype)
         if zeros is not None:
-            weight -= (tl.load(zeros + group + n).to(tl.float32) - ((1 << BITS) - 1) / 2)[:, None]
+            weight -= (tl.load(zeros + group + n).to(tl.float32) - centre(BITS))[:, None]
         column = start + tl.arange(0, UNIT)[None, :]
         mask = (n < out_features)[:, None] & (column < in_features)
         tl.store(out + n[:, None] * in_features + column, (weight * scale[:, None]).to(dtype), mask=mask)
@@ -58,7 +66,7 @@ def dequantize(
 ) -> torch.Tensor:
     """W′ = s·(q − z) as [N, K] in `dtype`, rounded once; arguments as from `tiles.tile`."""
     group = in_features // scales.shape[0]
-    unit = min(group & -group, COLUMNS)
+    unit = unit_of(group)
     out = torch.empty(out_features, in_features, dtype=dtype, device=tiles.device)
     with torch.cuda.device_of(tiles):  # Triton launches on the current device
         _dequantize_kernel[tiles.shape[1], tiles.shape[0]](

@@ -5,10 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import COLUMNS, ROWS, WORDS
-from .triton_codes import down_scale, load_words, operands, split_words
-
-TILE_ROWS, TILE_COLUMNS, TILE_WORDS = tl.constexpr(ROWS), tl.constexpr(COLUMNS), tl.constexpr(WORDS)
+from .triton_codes import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TILE_WORDS,
+    centre,
+    down_scale,
+    load_words,
+    operands,
+    split_words,
+    unit_of,
+)
 
 
 @triton.jit
@@ -68,7 +75,7 @@ def _gemm_kernel(
             scale = tl.load(scales + group + n, mask=inside, other=0.0).to(tl.float32)
             levels = operands(split, part * PAIRS, PAIRS, BITS, dtype)
             if zeros is not None:  # rounded to the dtype of x: sums of x beside the product would not fit the registers
-                zero = tl.load(zeros + group + n, mask=inside, other=0.0).to(tl.float32) - ((1 << BITS) - 1) / 2
+                zero = tl.load(zeros + group + n, mask=inside, other=0.0).to(tl.float32) - centre(BITS)
                 levels -= (zero / down_scale(dtype)).to(dtype)[:, None]
             product = tl.dot(levels, tl.trans(block), input_precision="ieee")
             acc += product * scale[:, None]
@@ -105,7 +112,7 @@ def launch_config(bits: int, group: int, block_m: int, tiles: int, split: int, s
         stages: loads in flight.
         warps: 4 or 8.
     """
-    unit = min(group & -group, COLUMNS)
+    unit = unit_of(group)
     return {
         "BITS": bits,
         "UNIT": unit,
