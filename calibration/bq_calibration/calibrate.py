@@ -27,13 +27,15 @@ from . import analysis
 from .architecture import InputGroup
 from .checkpoint import export, write_json, write_tensors
 from .data import calibration_tokens, sampled_tokens
-from .distill import distill
+from .distill import distill, held_out, teacher_states
 from .errors import UserError, WriteError
 from .model import SourceModel, TensorStore
 from .quantize import Quantized, output_error, refine, round_gptq, round_nearest
 from .recipes import Recipe, quant_config
+from .reconstruct import reconstruct
 from .report import write_report
 from .rotation import MOST_ROWS, Problem, Turn, initial_angles, learn
+from .student import Student
 
 TOKENS_PER_BATCH = 4096
 SAMPLE_TOKENS = 1024  # inputs kept for statistics and for the uniformity term
@@ -81,25 +83,33 @@ class Calibration:
         """
         with self._staging_folder():
             tokens = self._tokens(progress)
-            hidden, arguments = self.source.embed(tokens)
+            hidden, arguments = self.source.embed(tokens[: self.recipe.samples])
+            original = hidden.clone() if self.recipe.reconstruct else None  # what the 16-bit model computes
             reports = []
             task = progress.add_task("calibrating blocks", total=self.source.num_blocks)
             for index in range(self.source.num_blocks):
                 stem = self.staging / "blocks" / f"{index:05d}"
                 with self.source.block(index) as block:
                     forward = self._forward_over(block, hidden, arguments[index])
+                    if original is not None:
+                        self._forward_over(block, original, arguments[index])(keep=original)
                     if stem.with_suffix(".safetensors").exists():
                         self._install(block, index, load_file(stem.with_suffix(".safetensors")))
                     else:  # leaves the block quantized
-                        tensors, report = self._quantize_block(block, index, forward)
+                        tensors, inputs = self._quantize_block(block, index, forward)
+                        report = {"inputs": inputs, "reconstruction": []}
+                        if original is not None:
+                            tensors, report["reconstruction"] = self._reconstruct(
+                                block, index, tensors, hidden, original, arguments[index], progress
+                            )
+                            self._install(block, index, tensors)
                         write_json(stem.with_suffix(".json"), report)
                         write_tensors(stem.with_suffix(".safetensors"), tensors)  # last: its presence means done
                     forward(keep=hidden)
                 reports.append(json.loads(stem.with_suffix(".json").read_text()))
                 progress.advance(task)
-            rounded, training = self.staging / "blocks", None
-            if self.recipe.distill:
-                rounded, training = self._train(tokens, progress)
+            del hidden, original
+            rounded, stages = self._train(tokens, progress)
             progress.update(task, description="writing the checkpoint")
             final = self.staging / "final"
             shutil.rmtree(final, ignore_errors=True)
@@ -111,7 +121,7 @@ class Calibration:
                 self.recipe,
                 tokens.numel(),
                 reports,
-                training,
+                stages,
                 self._run_facts(),
             )
             os.replace(final, self.out)
@@ -176,30 +186,59 @@ class Calibration:
         file = self.staging / "tokens.safetensors"
         if not file.exists():
             recipe, tokenizer = self.recipe, self.source.tokenizer()
+            wanted = recipe.samples
+            if recipe.finetune or recipe.distill:
+                wanted = max(wanted, recipe.train_samples) + recipe.held_out
             if recipe.dataset == "self":
                 model = AutoModelForCausalLM.from_pretrained(self.source.folder, dtype=self.source.dtype)
                 model = model.to(self.device).eval()
-                tokens = sampled_tokens(model, tokenizer, recipe.samples, recipe.seqlen, recipe.seed, progress)
+                tokens = sampled_tokens(model, tokenizer, wanted, recipe.seqlen, recipe.seed, progress)
                 del model
             else:
-                tokens = calibration_tokens(tokenizer, recipe.dataset, recipe.samples, recipe.seqlen, recipe.seed)
+                tokens = calibration_tokens(tokenizer, recipe.dataset, wanted, recipe.seqlen, recipe.seed)
             write_tensors(file, {"tokens": tokens})
         return load_file(file)["tokens"]
 
-    def _train(self, tokens: torch.Tensor, progress: Progress) -> tuple[Path, dict[str, Any]]:
-        """End-to-end training; returns the folder with its tensors, and its report."""
-        folder = self.staging / "trained"
-        folder.mkdir(exist_ok=True)
-        if not (folder / "model.safetensors").exists():
-            packed = TensorStore(self.staging / "blocks")
-            saved = self.staging / "training.safetensors"
-            recipe = self.recipe
-            tensors, report = distill(
-                self.source, self.config, packed, tokens, recipe.distill, recipe.seed, saved, progress
-            )
-            write_json(folder / "report.json", report)
-            write_tensors(folder / "model.safetensors", tensors)  # last: its presence means done
-        return folder, json.loads((folder / "report.json").read_text())
+    def _train(self, tokens: torch.Tensor, progress: Progress) -> tuple[Path, list[dict[str, Any]]]:
+        """End-to-end training; returns the folder with the last tensors, and a report of every stage."""
+        recipe, source, rounded = self.recipe, self.source, self.staging / "blocks"
+        if not (recipe.finetune or recipe.distill):
+            return rounded, []
+        states = teacher_states(source, tokens, self.staging / "teacher.safetensors", progress)
+        count = len(tokens) - recipe.held_out
+        stages: list[dict[str, Any]] = []
+        for stage, steps in (("rounded", 0), ("finetune", recipe.finetune), ("distill", recipe.distill)):
+            folder = self.staging / stage
+            if stage != "rounded" and not steps:
+                continue
+            folder.mkdir(exist_ok=True)
+            if not (folder / "report.json").exists():
+                report: dict[str, Any] = {"stage": stage}
+                if steps:
+                    packed, saved = TensorStore(rounded), self.staging / f"{stage}.training"
+                    tensors, training = distill(
+                        source,
+                        self.config,
+                        packed,
+                        tokens[:count],
+                        states[:count],
+                        steps,
+                        stage == "finetune",
+                        recipe.seed,
+                        saved,
+                        progress,
+                    )
+                    write_tensors(folder / "model.safetensors", tensors)
+                    saved.unlink(missing_ok=True)
+                    report |= training
+                if recipe.held_out:
+                    packed = TensorStore(folder if steps else rounded)
+                    student = Student(source, self.config, packed)
+                    report["held_out_divergence"] = held_out(student, tokens[count:], states[count:])
+                write_json(folder / "report.json", report)  # last: its presence means done
+            stages.append(json.loads((folder / "report.json").read_text()))
+            rounded = folder if steps else rounded
+        return rounded, stages
 
     # ---- one block
 
@@ -331,6 +370,21 @@ class Calibration:
             report["best_coherence"] = block_size**-0.5
         return chosen, angles, report
 
+    def _reconstruct(
+        self,
+        block: nn.Module,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        arguments: dict[str, Any],
+        progress: Progress,
+    ) -> tuple[dict[str, torch.Tensor], list[float]]:
+        steps, seed = self.recipe.reconstruct, self.recipe.seed * 1_000_003 + index
+        return reconstruct(
+            self.source, self.config, block, index, tensors, inputs, targets, arguments, steps, seed, progress
+        )
+
     def _install(
         self, block: nn.Module, index: int, tensors: dict[str, torch.Tensor], only: InputGroup | None = None
     ) -> None:
@@ -354,6 +408,11 @@ class Calibration:
                     layer.in_features,
                 )
                 layer.weight = nn.Parameter(weight.to(layer.weight), requires_grad=False)
+        prefix = self.source.block_prefix(index)
+        for name, tensor in tensors.items():
+            if name.endswith("norm.weight"):
+                norm = block.get_submodule(name.removeprefix(prefix).removesuffix(".weight"))
+                norm.weight = nn.Parameter(tensor.to(norm.weight), requires_grad=False)
 
     def _run_facts(self) -> dict[str, Any]:
         """What differs from run to run: time, memory, machine."""

@@ -71,10 +71,16 @@ def calibrate(
     uniformity: Annotated[float | None, typer.Option(help="Weight of the paper's uniformity term.")] = None,
     rounding: Annotated[str | None, typer.Option(help="rtn or gptq.")] = None,
     refine: Annotated[int | None, typer.Option(help="Sweeps that refine codes and scales after rounding.")] = None,
-    distill: Annotated[int | None, typer.Option(help="Steps of end-to-end training after rounding.")] = None,
+    reconstruct: Annotated[int | None, typer.Option(help="Steps of training of every block after rounding.")] = None,
+    finetune: Annotated[int | None, typer.Option(help="Steps of end-to-end training, codes included.")] = None,
+    distill: Annotated[int | None, typer.Option(help="Steps of end-to-end training, codes frozen.")] = None,
     tensor_parallel: Annotated[int | None, typer.Option(help="GPUs a layer must be able to be cut over.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="wikitext2, c4, self, or a .txt/.jsonl/.parquet file.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="wikitext2, c4, self, a .txt/.jsonl/.parquet file; or several: A,B.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    train_samples: Annotated[int | None, typer.Option(help="Sequences for end-to-end training.")] = None,
+    held_out: Annotated[int | None, typer.Option(help="Sequences on which the report measures training.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     device: Device = "auto",

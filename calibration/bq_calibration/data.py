@@ -64,7 +64,31 @@ def tokenize(tokenizer, text: str) -> list[int]:
     return tokenizer(text, verbose=False)["input_ids"]
 
 
-def calibration_tokens(tokenizer, dataset: str, samples: int, seqlen: int, seed: int) -> torch.Tensor:
+def calibration_tokens(tokenizer, datasets: str, samples: int, seqlen: int, seed: int) -> torch.Tensor:
+    """Windows of `seqlen` tokens from one data set, or shuffled ones from several.
+
+    Args:
+        datasets: as for `load_documents`; of several, joined by commas, each gives an equal share, the first ones more
+            where one does not suffice.
+
+    Returns:
+        int64 [at most samples, seqlen]; fewer rows where the data does not suffice.
+
+    Raises:
+        UserError: if a data set does not fill one window.
+    """
+    names = datasets.split(",")
+    parts: list[torch.Tensor] = []
+    for left in range(len(names), 0, -1):  # from the last, so that the first fills up
+        share = (samples - sum(map(len, parts))) // left
+        parts.append(_windows(tokenizer, names[left - 1], share, seqlen, seed))
+    joined = torch.cat(parts)
+    if len(names) == 1:
+        return joined
+    return joined[torch.randperm(len(joined), generator=torch.Generator().manual_seed(seed))]
+
+
+def _windows(tokenizer, dataset: str, samples: int, seqlen: int, seed: int) -> torch.Tensor:
     """Windows of `seqlen` tokens from shuffled documents, joined end to end.
 
     Returns:

@@ -22,7 +22,12 @@ class Recipe:
             quantizer, or `gptq`, the error to expect of GPTQ.
         uniformity: weight λ of the paper's uniformity term.
         refine: sweeps of coordinate descent over codes and least squares for scales after rounding.
-        distill: steps of end-to-end training of scales, zeros, angles and norms after everything is rounded.
+        reconstruct: steps of training of a decoder block after it is rounded: codes, scales, zeros, angles, norms.
+        finetune: steps of end-to-end training of the same, once all blocks are done. Holds 14 bytes a weight.
+        distill: steps of end-to-end training of all but the codes, at the end. Holds a byte a weight.
+        samples: sequences that rounding and the training of blocks look at.
+        train_samples: sequences for end-to-end training, those of `samples` among them.
+        held_out: further sequences, never trained on, on which the report measures the stages of end-to-end training.
         tensor_parallel: rotation blocks and groups of row-parallel layers stay inside a shard at this many GPUs.
     """
 
@@ -39,10 +44,14 @@ class Recipe:
     uniformity: float = 0.0
     rounding: str = "gptq"
     refine: int = 0
+    reconstruct: int = 0
+    finetune: int = 0
     distill: int = 0
     tensor_parallel: int = 1
     dataset: str = "c4"
     samples: int = 128
+    train_samples: int = 128
+    held_out: int = 8
     seqlen: int = 2048
     seed: int = 0
 
@@ -97,7 +106,11 @@ def make_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
         "seqlen": 2,
         "steps": 0,
         "refine": 0,
+        "reconstruct": 0,
+        "finetune": 0,
         "distill": 0,
+        "train_samples": 1,
+        "held_out": 0,
         "tensor_parallel": 1,
     }.items():
         if getattr(recipe, field) < least:

@@ -22,8 +22,8 @@ def write_report(
     config: QuantConfig,
     recipe: Recipe,
     tokens: int,
-    blocks: list[list[dict[str, Any]]],
-    training: dict[str, Any] | None,
+    blocks: list[dict[str, Any]],
+    stages: list[dict[str, Any]],
     run: dict[str, Any],
 ) -> None:
     """Write `bq_report.json` and the pictures under `report/` into a finished checkpoint.
@@ -34,13 +34,14 @@ def write_report(
         config: quantization config.
         recipe: settings of the run.
         tokens: calibration tokens used.
-        blocks: per decoder block, the reports of its input groups.
-        training: of the end-to-end training, None without it.
+        blocks: per decoder block, the reports of its input groups and the loss curve of its reconstruction.
+        stages: of end-to-end training, the model as it was rounded first; empty without training.
         run: time, memory and machine: all that differs from run to run stands here.
     """
     verified = verify(folder)
     store = TensorStore(source)
-    inputs = [report for block in blocks for report in block]
+    inputs = [report for block in blocks for report in block["inputs"]]
+    reconstruction = [block["reconstruction"] for block in blocks]
     kinds = sorted({kind for report in inputs for kind in report["relative_output_error"]})
     report = {
         "format_version": 1,
@@ -60,14 +61,21 @@ def write_report(
             "mean_refined_output_error": sum(r["refined_output_error"] for r in inputs) / len(inputs),
         },
         "inputs": inputs,
-        "training": training,
+        "reconstruction": reconstruction,
+        "stages": stages,
         "run": run,
     }
     write_json(folder / "bq_report.json", report)
-    draw(folder / "report", inputs, config, training)
+    draw(folder / "report", inputs, config, reconstruction, stages)
 
 
-def draw(folder: Path, inputs: list[dict[str, Any]], config: QuantConfig, training: dict[str, Any] | None) -> None:
+def draw(
+    folder: Path,
+    inputs: list[dict[str, Any]],
+    config: QuantConfig,
+    reconstruction: list[list[float]],
+    stages: list[dict[str, Any]],
+) -> None:
     """Draw outliers, output errors, coherence and learning curves as PNG files into a new folder."""
     folder.mkdir()
     names = list(dict.fromkeys(report["layers"] for report in inputs))
@@ -134,10 +142,26 @@ def draw(folder: Path, inputs: list[dict[str, Any]], config: QuantConfig, traini
         figure.savefig(folder / "learning.png", dpi=100)
         plt.close(figure)
 
-    if training:
+    trained = [stage for stage in stages if "losses" in stage]
+    if trained:
         figure, axis = plt.subplots(figsize=(8, 4))
-        axis.plot(training["losses"])
+        start = 0
+        for stage in trained:
+            steps = range(start, start + len(stage["losses"]))
+            axis.plot(steps, stage["losses"], label=stage["stage"])
+            start += len(steps)
         axis.set(xlabel="step", ylabel="KL to the 16-bit model, nats a token", title="End-to-end training")
+        axis.legend()
         figure.tight_layout()
         figure.savefig(folder / "training.png", dpi=100)
+        plt.close(figure)
+
+    if any(reconstruction):
+        figure, axis = plt.subplots(figsize=(8, 4))
+        axis.plot([sum(curve[:4]) / len(curve[:4]) for curve in reconstruction], label="first steps")
+        axis.plot([sum(curve[-4:]) / len(curve[-4:]) for curve in reconstruction], label="last steps")
+        axis.set(xlabel="block", ylabel="squared error + 1 − cosine", title="Training of the blocks")
+        axis.legend()
+        figure.tight_layout()
+        figure.savefig(folder / "reconstruction.png", dpi=100)
         plt.close(figure)

@@ -75,10 +75,10 @@ class Turn:
             self.transposed = rotated.unflatten(1, (len(angles), block_size)).transpose(0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Q x for every row of float32 [rows, K]."""
+        """Q x for every row of [rows, K], any float dtype."""
         if self.transposed is None:
             return apply_rotation(x, *self.tables)
-        return _by_block(x, self.transposed)
+        return _by_block(x, self.transposed.to(x.dtype))
 
     def back(self, x: torch.Tensor) -> torch.Tensor:
         """Qᵀ x for every row of float32 [rows, K]."""

@@ -1,0 +1,240 @@
+"""Training of blocks and of whole models: gradients, what moves and what stays, resuming."""
+
+import json
+from pathlib import Path
+
+import bq_calibration.hf  # noqa: F401 teaches transformers the format
+import pytest
+import torch
+import torch.nn.functional as F
+from bq_calibration import calibrate as calibrate_module
+from bq_calibration import distill as distill_module
+from bq_calibration import train as train_module
+from bq_calibration.calibrate import Calibration
+from bq_calibration.checkpoint import read_config, verify
+from bq_calibration.data import calibration_tokens
+from bq_calibration.distill import divergence, held_out, teacher_states
+from bq_calibration.model import SourceModel, TensorStore
+from bq_calibration.recipes import make_recipe
+from bq_calibration.reconstruct import reconstruct
+from bq_calibration.student import MARGIN, Student, _Product
+from bq_calibration.train import sample
+from bq_kernels.packing import unpack
+from bq_kernels.reference import levels
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .conftest import CONFIGS, make_model
+
+SMALL = dict(group_size=32, rotation_block=32, samples=8, train_samples=8, held_out=2, seqlen=32, steps=3)
+
+
+def run(model: Path, out: Path, text: Path, resume=False, **settings) -> Path:
+    recipe = make_recipe("fast", SMALL | {"dataset": str(text)} | settings)
+    Calibration(str(model), str(out), recipe, "cpu", resume).run(Progress(disable=True))
+    return out
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "bq_report.json").read_text())
+
+
+def log_probabilities(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return model(input_ids=ids).logits.log_softmax(-1)
+
+
+def kl(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    return (wanted.exp() * (wanted - found)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("train_codes", [False, True])
+@pytest.mark.parametrize("with_zeros", [False, True])
+def test_gradients_of_the_packed_product(train_codes, with_zeros):
+    x, scales = torch.randn(5, 24, requires_grad=True), (torch.rand(6, 3) + 0.1).requires_grad_()
+    zeros = torch.rand(6, 3, requires_grad=True) if with_zeros else None
+    position = torch.rand(6, 3, 8) * 4 - 0.5
+    codes = position.requires_grad_() if train_codes else position.round().clamp(0, 3).to(torch.uint8)
+    inputs = [t for t in (x, codes, scales, zeros) if t is not None and t.requires_grad]
+    target = torch.randn(5, 6)
+    got = torch.autograd.grad((_Product.apply(x, codes, scales, zeros, 2) * target).sum(), inputs)
+    # straight through: the gradient of a position is that of its code
+    hard = position.detach().round().clamp(0, 3).requires_grad_()
+    weight = levels(hard, scales, zeros, 2).flatten(-2)
+    inputs = [hard if t is codes else t for t in inputs]
+    want = torch.autograd.grad((x @ weight.T * target).sum(), inputs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# Random tiny models predict every token alike, or with a tied head nothing but the token that they have just seen;
+# with the weights of the head scaled so there is something to learn
+HEAD = {"llama": 3, "gemma3_text": 0.1}
+
+
+def with_scaled_head(model: Path, factor: float) -> Path:
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"] *= factor
+    save_file(tensors, file, metadata={"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=[pytest.mark.slow] * (name != "llama")) for name in CONFIGS]
+)
+def test_training_brings_the_logits_nearer(architecture, tmp_path, text):
+    source = with_scaled_head(make_model(tmp_path / "model", architecture), HEAD.get(architecture, 30))
+    plain, trained = run(source, tmp_path / "plain", text), run(source, tmp_path / "trained", text, distill=25)
+    tuned = run(source, tmp_path / "tuned", text, finetune=25, distill=5)
+    verify(trained)
+    verify(tuned)
+    ids = calibration_tokens(AutoTokenizer.from_pretrained(source), str(text), 10, 32, 0)[:8]  # what it is trained on
+    wanted = log_probabilities(source, ids)
+    before, after, with_codes = (kl(wanted, log_probabilities(folder, ids)) for folder in (plain, trained, tuned))
+    assert before > 1e-4 and after < 0.8 * before and with_codes < 0.8 * before, (before, after, with_codes)
+    stages = report_of(tuned)["stages"]
+    assert [(s["stage"], len(s.get("losses", []))) for s in stages] == [
+        ("rounded", 0),
+        ("finetune", 25),
+        ("distill", 5),
+    ]
+    assert all(stage["held_out_divergence"] > 0 for stage in stages)
+    a, b, c = TensorStore(plain), TensorStore(trained), TensorStore(tuned)
+    for name in a.names():  # distill leaves the codes, finetune does not; what else is trained moves
+        if name.endswith(".qweight") or "embed_tokens" in name:
+            assert torch.equal(a.get(name), b.get(name))
+        elif name.endswith((".scales", ".angles", "norm.weight")):
+            assert a.get(name).dtype == b.get(name).dtype and not torch.equal(a.get(name), b.get(name)), name
+    assert any(not torch.equal(a.get(name), c.get(name)) for name in a.names() if name.endswith(".qweight"))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rotation": "hadamard"}, {"rotation": "none"}, {"zero_point": "float", "bits": 3}]
+)
+def test_training_of_other_formats(settings, model, text, tmp_path):
+    trained = run(model, tmp_path / "trained", text, reconstruct=4, finetune=12, distill=2, **settings)
+    losses = report_of(trained)["stages"][1]["losses"]
+    assert min(losses[-4:]) < losses[0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+def test_reconstruction_lowers_the_error_of_a_block(architecture, tmp_path, text):
+    source = make_model(tmp_path / "model", architecture)
+    plain, trained = run(source, tmp_path / "plain", text), run(source, tmp_path / "trained", text, reconstruct=40)
+    verify(trained)
+    for curve in report_of(trained)["reconstruction"]:
+        assert sum(curve[-4:]) < 0.9 * sum(curve[:4])
+    assert report_of(plain)["reconstruction"] == [[], []]
+    ids = calibration_tokens(AutoTokenizer.from_pretrained(source), str(text), 8, 32, 0)
+    states = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model(input_ids=ids).last_hidden_state
+        for folder in (source, plain, trained)
+    ]
+    assert F.mse_loss(states[2], states[0]) < 0.9 * F.mse_loss(states[1], states[0])
+    a, b = TensorStore(plain), TensorStore(trained)
+    for end in (".qweight", ".scales", ".angles", "norm.weight"):
+        changed = [name for name in a.names() if name.endswith(end) and not torch.equal(a.get(name), b.get(name))]
+        assert any("layers.0." in name for name in changed) and any("layers.1." in name for name in changed), end
+
+
+def test_student_is_what_the_checkpoint_says(model, text, tmp_path):
+    """Before training the student's divergence is that of the checkpoint in transformers, codes trained or not."""
+    out = run(model, tmp_path / "out", text)
+    source = SourceModel(str(model), torch.device("cpu"))
+    ids = torch.randint(3, 30, (2, 16))
+    want = kl(log_probabilities(model, ids), log_probabilities(out, ids))
+    states = teacher_states(source, ids, tmp_path / "states.safetensors", Progress(disable=True))
+    for train_codes in (False, True):
+        student = Student(source, read_config(out)[1], TensorStore(out), train_codes)
+        got, _ = divergence(student, student.states(ids), states)
+        assert got == pytest.approx(want, rel=0.05)  # the student multiplies in bfloat16
+        assert held_out(student, ids, states) == pytest.approx(got, rel=1e-2)
+        stored = TensorStore(out)
+        for name, tensor in student.tensors().items():  # nothing is trained: nothing has changed
+            assert torch.equal(tensor, stored.get(name)), name
+
+
+def test_codes_start_at_the_weight_but_round_to_what_was_chosen(model, text, tmp_path):
+    out = run(model, tmp_path / "out", text)
+    source = SourceModel(str(model), torch.device("cpu"))
+    student = Student(source, read_config(out)[1], TensorStore(out), train_codes=True)
+    for name, layer in student.layers.items():
+        codes = unpack(TensorStore(out).get(f"{name}.qweight"), 2).view(layer.codes.shape)
+        distance = (layer.codes - codes).abs()
+        assert distance.max() <= MARGIN + 1e-6
+        assert 0.05 < distance.mean() < 0.4  # neither in the middle of their codes nor all at the border
+
+
+def test_gradient_of_the_divergence(model, text, tmp_path):
+    out = run(model, tmp_path / "out", text)
+    student = Student(SourceModel(str(model), torch.device("cpu")), read_config(out)[1], TensorStore(out))
+    found, wanted = torch.randn(2, 300, 96, requires_grad=True), torch.randn(2, 300, 96)
+    loss, gradient = divergence(student, found, wanted)
+    target, logits = (F.linear(s, student.head.weight.float()).log_softmax(-1).flatten(0, 1) for s in (wanted, found))
+    want = F.kl_div(logits, target, reduction="batchmean", log_target=True)
+    want.backward()
+    assert loss == pytest.approx(want.item(), rel=0.02)
+    assert (gradient - found.grad).norm() < 0.02 * found.grad.norm()
+
+
+@pytest.mark.parametrize("stage", ["finetune", "distill"])
+@pytest.mark.parametrize("stop_after", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_resumed_training_gives_the_same_bytes(stage, stop_after, model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "SAVE_EVERY", 0)
+    monkeypatch.setattr(distill_module, "TOKENS_A_STEP", 4 * 32)
+    settings = {"finetune": 6, "distill": 6}
+    whole = run(model, tmp_path / "whole", text, **settings)
+    left = 4 * (stop_after + 6 * (stage == "distill"))  # 4 samples a step
+
+    def interrupted(*arguments):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return sample(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill_module, "sample", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "out", text, **settings)
+    resumed = run(model, tmp_path / "out", text, resume=True, **settings)
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+
+
+def test_resumed_reconstruction_gives_the_same_bytes(model, text, tmp_path, monkeypatch):
+    whole = run(model, tmp_path / "whole", text, reconstruct=3)
+
+    def interrupted(*arguments):
+        if arguments[3] == 1:  # the second block
+            raise KeyboardInterrupt
+        return reconstruct(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate_module, "reconstruct", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "out", text, reconstruct=3)
+    resumed = run(model, tmp_path / "out", text, resume=True, reconstruct=3)
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+
+
+def test_every_sample_once_an_epoch():
+    for epoch in range(2):
+        assert sorted(sample(epoch * 7 + i, 7, 0) for i in range(7)) == list(range(7))
+
+
+def test_several_data_sets_give_equal_shares(model, tmp_path):
+    files = []
+    for word, count in (("w1", 4000), ("w2", 300)):
+        files.append(tmp_path / f"{word}.txt")
+        files[-1].write_text(f"{word} " * count)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = calibration_tokens(tokenizer, ",".join(map(str, files)), 20, 32, 0)
+    assert len(rows) == 20
+    digits = [tokenizer("w1")["input_ids"][-1], tokenizer("w2")["input_ids"][-1]]
+    assert [(rows == digit).any(1).sum().item() for digit in digits] == [10, 10]
+    # a short one gives what it has, the first the rest
+    rows = calibration_tokens(tokenizer, ",".join(map(str, files)), 80, 32, 0)
+    assert len(rows) == 80 and (rows == digits[1]).any(1).sum().item() < 40
