@@ -88,9 +88,10 @@ class ButterflyConfig(QuantizationConfig):
         check_shards(Path(model_name))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
-        """Rename the skipped modules as vLLM renames the model's."""
+        """Rename the modules of the config as vLLM renames the model's."""
         names = hf_to_vllm_mapper.apply_list(list(self.quant.modules_to_not_convert))
-        self.quant = replace(self.quant, modules_to_not_convert=tuple(names))
+        bits = hf_to_vllm_mapper.apply_dict(self.quant.module_bits)
+        self.quant = replace(self.quant, modules_to_not_convert=tuple(names), module_bits=bits)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Method for a layer; None, vLLM's default, for attention and embeddings.
@@ -129,4 +130,7 @@ class ButterflyConfig(QuantizationConfig):
         if rotation.kind != "none" and len({rotation.block(module) for module in modules}) > 1:
             blocks = {part: rotation.block(module) for part, module in zip(parts, modules, strict=True)}
             raise FormatError(f"{prefix}: vLLM fuses layers that share an input, so their rotation blocks: {blocks}")
+        bits = {part: self.quant.bits_of(module) for part, module in zip(parts, modules, strict=True)}
+        if len(set(bits.values())) > 1:
+            raise FormatError(f"{prefix}: vLLM fuses layers that then need as many bits each: {bits}")
         return ButterflyLinearMethod(self.quant, modules)

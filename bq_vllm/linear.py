@@ -143,7 +143,7 @@ class ButterflyLinearMethod(LinearMethodBase):
     """
 
     def __init__(self, config: QuantConfig, modules: list[str]) -> None:
-        self.config, self.modules = config, modules
+        self.config, self.modules, self.bits = config, modules, config.bits_of(modules[0])
         self.block_size = config.rotation.block(modules[0]) if config.rotation.kind != "none" else 0
         self.backend = select_backend()
         self.dense = UnquantizedLinearMethod() if self.backend == "dense" else None
@@ -185,7 +185,7 @@ class ButterflyLinearMethod(LinearMethodBase):
             data = torch.full(shape, math.nan if spec.dtype.is_floating_point else 0, dtype=spec.dtype)
             common = {"data": data, "weight_loader": loader}
             if suffix == "qweight":
-                packing = {"packed_dim": 1, "packed_factor": Fraction(32, self.config.bits)}
+                packing = {"packed_dim": 1, "packed_factor": Fraction(32, self.bits)}
                 param = PackedvLLMParameter(input_dim=1, output_dim=0, **packing, **common)
             elif suffix == "angles":
                 param = BasevLLMParameter(**common)
@@ -225,7 +225,7 @@ class ButterflyLinearMethod(LinearMethodBase):
         return angles
 
     def _columns(self, layer: torch.nn.Module) -> int:
-        return layer.qweight.shape[1] * 32 // self.config.bits
+        return layer.qweight.shape[1] * 32 // self.bits
 
     def _dense_weight(self, layer: torch.nn.Module, angles: torch.Tensor | None) -> torch.Tensor:
         packed = layer.qweight.data, layer.scales.data, layer.zeros.data if hasattr(layer, "zeros") else None

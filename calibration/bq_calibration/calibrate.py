@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
+import math
 import os
 import platform
 import resource
@@ -35,6 +37,7 @@ from .recipes import Recipe, quant_config
 from .reconstruct import reconstruct
 from .report import write_report
 from .rotation import MOST_ROWS, Problem, Turn, initial_angles, learn
+from .sensitivity import allocate, sensitivities
 from .student import Student
 
 TOKENS_PER_BATCH = 4096
@@ -83,6 +86,8 @@ class Calibration:
         """
         with self._staging_folder():
             tokens = self._tokens(progress)
+            if self.recipe.target_bpw is not None:
+                self.config = dataclasses.replace(self.config, module_bits=self._module_bits(tokens, progress))
             hidden, arguments = self.source.embed(tokens[: self.recipe.samples])
             original = hidden.clone() if self.recipe.reconstruct else None  # what the 16-bit model computes
             reports = []
@@ -199,6 +204,48 @@ class Calibration:
             write_tensors(file, {"tokens": tokens})
         return load_file(file)["tokens"]
 
+    def _module_bits(self, tokens: torch.Tensor, progress: Progress) -> dict[str, int]:
+        """Bits of the layers that get more than the recipe's, by full name, so that `target_bpw` is spent."""
+        file = self.staging / "module_bits.json"
+        if not file.exists():
+            block, config = self.source.decoder.layers[0], self.config
+            weights, stored = {}, 0
+            for group in self.source.groups:
+                layers = {name: self.source.linear(block, name) for name in group.layers}
+                weights[group] = sum(layer.in_features * layer.out_features for layer in layers.values())
+                for name, layer in layers.items():
+                    for suffix, spec in config.tensors(name, layer.in_features, layer.out_features).items():
+                        if suffix != "angles" or name == group.layers[0]:
+                            stored += math.prod(spec.shape) * spec.dtype.itemsize * 8
+            budget = (self.recipe.target_bpw * sum(weights.values()) - stored) * self.source.num_blocks
+            if budget < 0:
+                least = stored / sum(weights.values())
+                raise UserError(
+                    f"--target-bpw {self.recipe.target_bpw}: {config.bits} bits alone, all counted, take {least:.3f}"
+                )
+            losses = sensitivities(self.source, tokens, self._rounding_error, self.recipe.seed, progress)
+            given = allocate(losses, weights, config.bits, budget)
+            write_json(
+                file,
+                {
+                    self.source.block_prefix(index) + name: bits
+                    for (index, group), bits in sorted(given.items(), key=lambda item: item[0][0])
+                    for name in group.layers
+                },
+            )
+        return json.loads(file.read_text())
+
+    def _rounding_error(
+        self, weight: torch.Tensor, hessian: torch.Tensor, group: InputGroup, bits: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Error of some rows of a weight by rounding as this run rounds, before angles are learned; and the Hessian."""
+        weight = weight[:: max(1, len(weight) // MOST_ROWS)]
+        if self.config.rotation.kind != "none":
+            block_size = self.config.rotation.block(group.layers[0])
+            turn = Turn(hadamard_angles(weight.shape[1], block_size, self.device), block_size)
+            weight, hessian = turn.forward(weight), turn.hessian(hessian)
+        return self._round(weight, hessian, bits).weight() - weight, hessian
+
     def _train(self, tokens: torch.Tensor, progress: Progress) -> tuple[Path, list[dict[str, Any]]]:
         """End-to-end training; returns the folder with the last tensors, and a report of every stage."""
         recipe, source, rounded = self.recipe, self.source, self.staging / "blocks"
@@ -279,11 +326,11 @@ class Calibration:
             handle.remove()
         return hessian / count, _spread(torch.cat(kept), SAMPLE_TOKENS)
 
-    def _round(self, weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
+    def _round(self, weight: torch.Tensor, hessian: torch.Tensor, bits: int) -> Quantized:
         group = self.config.group(weight.shape[1])
         if self.recipe.rounding == "gptq":
-            return round_gptq(weight, hessian, self.recipe.bits, group, self.recipe.zero_point)
-        return round_nearest(weight, self.recipe.bits, group, self.recipe.zero_point)
+            return round_gptq(weight, hessian, bits, group, self.recipe.zero_point)
+        return round_nearest(weight, bits, group, self.recipe.zero_point)
 
     def _quantize_block(
         self, block: nn.Module, index: int, forward: Callable
@@ -298,7 +345,8 @@ class Calibration:
                 raise UserError(f"block {index}, {group.name}: the inputs hold NaN or infinity; is the model sound?")
             weight = torch.cat([layer.weight.detach() for layer in layers]).float()
             seed = (self.recipe.seed * 1_000_003 + index) * 16 + position
-            quantized, angles, report = self._quantize_group(group, weight, hessian, inputs, seed)
+            bits = self.config.bits_of(self.source.block_prefix(index) + group.layers[0])
+            quantized, angles, report = self._quantize_group(group, weight, hessian, inputs, bits, seed)
             reports.append({"block": index} | report)
             start = 0
             for name, layer in zip(group.layers, layers, strict=True):
@@ -307,14 +355,20 @@ class Calibration:
                 if self.config.rotation.kind == "butterfly":
                     stored["angles"] = angles.cpu()
                 start += layer.out_features
-                for suffix, spec in self.config.tensors(name, layer.in_features, layer.out_features).items():
+                for suffix, spec in self.config.tensors(full_name, layer.in_features, layer.out_features).items():
                     spec.check(f"{full_name}.{suffix}", stored[suffix])
                     tensors[f"{full_name}.{suffix}"] = stored[suffix].clone()
             self._install(block, index, tensors, group)
         return tensors, reports
 
     def _quantize_group(
-        self, group: InputGroup, weight: torch.Tensor, hessian: torch.Tensor, inputs: torch.Tensor, seed: int
+        self,
+        group: InputGroup,
+        weight: torch.Tensor,
+        hessian: torch.Tensor,
+        inputs: torch.Tensor,
+        bits: int,
+        seed: int,
     ) -> tuple[Quantized, torch.Tensor | None, dict[str, Any]]:
         recipe, features = self.recipe, weight.shape[1]
         kind = self.config.rotation.kind
@@ -329,7 +383,7 @@ class Calibration:
                 hessian,
                 _spread(inputs, MOST_ROWS // 4),
                 block_size,
-                recipe.bits,
+                bits,
                 self.config.group(features),
             )
             start = initial_angles(recipe.init, features, block_size, generator)
@@ -346,7 +400,7 @@ class Calibration:
                 turned, turned_hessian = turn.forward(weight), turn.hessian(hessian)
             if name != kind:
                 turned = turned[::step]
-            rounded = self._round(turned, turned_hessian)
+            rounded = self._round(turned, turned_hessian, bits)
             if name == kind:
                 chosen = refine(rounded, turned, turned_hessian, recipe.refine)
                 final_error = output_error(turned, chosen.weight(), turned_hessian)
@@ -358,6 +412,7 @@ class Calibration:
         report = {
             "layers": group.name,
             "in_features": features,
+            "bits": bits,
             "rotation_block": block_size,
             "relative_output_error": errors,
             "refined_output_error": final_error,

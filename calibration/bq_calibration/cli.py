@@ -57,6 +57,9 @@ def calibrate(
         str, typer.Option(help=f"Named settings: {', '.join(RECIPES)}. Other flags override it.")
     ] = "fast",
     bits: Annotated[int | None, typer.Option(help="Bits per weight code: 2, 3 or 4.")] = None,
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Bits a weight, all counted, up to which sensitive layers get more bits.")
+    ] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 for the whole row.")] = None,
     zero_point: Annotated[str | None, typer.Option(help="midrise or float.")] = None,
     rotation: Annotated[str | None, typer.Option(help="butterfly, hadamard or none.")] = None,

@@ -161,6 +161,11 @@ class SourceModel:
         """The norm behind the last block, with its weight in memory for as long as the context lasts."""
         return self._loaded(self.decoder.norm, "model.norm.")
 
+    def head(self) -> AbstractContextManager[nn.Module]:
+        """The LM head, with its weight in memory for as long as the context lasts; it may be the embedding's."""
+        own = "lm_head.weight" in self.store
+        return self._loaded(self.skeleton.lm_head, "lm_head." if own else "model.embed_tokens.")
+
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         """What enters the first block, and the further arguments that every block gets.

@@ -17,6 +17,7 @@ class Recipe:
     """Settings of a run; each is a flag of `bq-calibrate`.
 
     Attributes:
+        target_bpw: bits a weight, all that is stored counted, up to which layers get more than `bits`, by sensitivity.
         rotation_block: features that a rotation mixes; None stands for the full width of the input.
         objective: what the angles minimise: `output`, the paper's ‖W x − W′_q Q x‖² through a straight-through
             quantizer, or `gptq`, the error to expect of GPTQ.
@@ -32,6 +33,7 @@ class Recipe:
     """
 
     bits: int = 2
+    target_bpw: float | None = None
     group_size: int = 64
     zero_point: str = "midrise"
     rotation: str = "butterfly"

@@ -20,7 +20,7 @@ from .student import Trainable
 from .train import sample, train
 
 TOKENS_A_STEP = 2048
-RATES = {"codes": 5e-3, "factors": 5e-3, "zeros": 5e-3, "angles": 2e-3, "norms": 5e-4}
+RATES = {"codes": 1e-2, "factors": 1e-2, "zeros": 1e-2, "angles": 5e-3, "norms": 5e-4}
 
 
 def block_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -199,12 +199,12 @@ class Trainable:
             self.rotations[prefix + first] = rotation
             for name in group.layers:
                 linear = self.source.linear(block, name)
-                suffixes = self.config.tensors(name, linear.in_features, linear.out_features)
+                suffixes = self.config.tensors(prefix + name, linear.in_features, linear.out_features)
                 tensors = {suffix: packed.get(f"{prefix}{name}.{suffix}").to(self.source.device) for suffix in suffixes}
                 weight = None
                 if self.train_codes:
                     weight = self.source.store.get(f"{prefix}{name}.weight").to(self.source.device)
-                layer = QuantizedLinear(tensors, self.config.bits, rotation, linear.bias, weight)
+                layer = QuantizedLinear(tensors, self.config.bits_of(prefix + name), rotation, linear.bias, weight)
                 block.set_submodule(name, layer.to(self.source.device))
                 self.layers[prefix + name] = layer
 

@@ -118,6 +118,9 @@ class RotationConfig:
 class QuantConfig:
     """`quantization_config` of config.json (format version 1).
 
+    Attributes:
+        module_bits: modules, by full name, that have another number of bits than `bits`; absent where it is empty.
+
     Raises:
         FormatError: from the constructor, when a value is not one the format knows.
     """
@@ -127,10 +130,15 @@ class QuantConfig:
     zero_point: str = "midrise"
     rotation: RotationConfig = field(default_factory=RotationConfig)
     modules_to_not_convert: tuple[str, ...] = ("lm_head",)
+    module_bits: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or not isinstance(self.bits, int):  # 2.0 is in BITS
-            raise FormatError(f"bits: expected one of {list(BITS)}, found {self.bits!r}")
+        if not isinstance(self.module_bits, dict):
+            raise FormatError(f"module_bits: expected a table of names and bits, found {self.module_bits!r}")
+        everywhere = {"bits": self.bits} | {f"module_bits.{name}": bits for name, bits in self.module_bits.items()}
+        for name, bits in everywhere.items():
+            if bits not in BITS or not isinstance(bits, int):  # 2.0 is in BITS
+                raise FormatError(f"{name}: expected one of {list(BITS)}, found {bits!r}")
         if self.zero_point not in ZERO_POINTS:
             raise FormatError(f"zero_point: expected one of {list(ZERO_POINTS)}, found {self.zero_point!r}")
         size = self.group_size
@@ -168,6 +176,7 @@ class QuantConfig:
             zero_point=data["zero_point"],
             rotation=RotationConfig.from_dict(data["rotation"]),
             modules_to_not_convert=tuple(skip),
+            module_bits=data.get("module_bits", {}),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,11 +189,15 @@ class QuantConfig:
             "zero_point": self.zero_point,
             "rotation": self.rotation.to_dict(),
             "modules_to_not_convert": list(self.modules_to_not_convert),
-        }
+        } | ({"module_bits": dict(self.module_bits)} if self.module_bits else {})
 
     def skips(self, module: str) -> bool:
         """Whether `modules_to_not_convert` holds the module, a part of its dotted name, or what it is inside of."""
         return any(f".{name}." in f".{module}." for name in self.modules_to_not_convert)
+
+    def bits_of(self, module: str) -> int:
+        """Bits of a code in a module, by its full name."""
+        return self.module_bits.get(module, self.bits)
 
     def group(self, in_features: int) -> int:
         """Columns that share a scale in a layer with `in_features` inputs."""
@@ -194,7 +207,7 @@ class QuantConfig:
         """The tensors that a quantized linear layer stores, by suffix.
 
         Args:
-            module: full name of the layer; its last part selects the rotation block size.
+            module: full name of the layer; it selects the bits, its last part the rotation block size.
             in_features: K, columns of the weight.
             out_features: N, rows of the weight.
 
@@ -209,7 +222,7 @@ class QuantConfig:
             )
         groups = (out_features, in_features // group)
         specs = {
-            "qweight": TensorSpec((out_features, in_features * self.bits // 32), torch.int32),
+            "qweight": TensorSpec((out_features, in_features * self.bits_of(module) // 32), torch.int32),
             "scales": TensorSpec(groups, torch.float16),
         }
         if self.zero_point == "float":

@@ -32,6 +32,7 @@ def changed(**changes):
         VALID,
         changed(bits=3, zero_point="float"),
         changed(bits=4, group_size=-1),
+        changed(module_bits={"model.layers.0.mlp.down_proj": 4}),
         changed(rotation={"kind": "hadamard", "block_size": {"default": 576}}),
         changed(rotation={"kind": "none"}),
         changed(modules_to_not_convert=[]),
@@ -60,6 +61,8 @@ def test_modules_to_not_convert_may_be_left_out():
         ({"bits": 2.0}, "bits"),
         ({"bits": "2"}, "bits"),
         ({"bits": ...}, "bits is missing"),
+        ({"module_bits": {"a.q_proj": 5}}, r"module_bits.a.q_proj: expected one of \[2, 3, 4\], found 5"),
+        ({"module_bits": [3]}, "module_bits: expected a table"),
         ({"zero_point": "int"}, "zero_point: expected one of .*, found 'int'"),
         ({"zero_point": ...}, "zero_point is missing"),
         ({"group_size": 48}, "group_size: expected a multiple of 32"),
@@ -125,6 +128,9 @@ def test_tensors_of_a_layer():
     assert set(QuantConfig().tensors("q_proj", 576, 192)) == {"qweight", "scales", "angles"}
     hadamard = QuantConfig(rotation=RotationConfig("hadamard"))
     assert set(hadamard.tensors("q_proj", 576, 192)) == {"qweight", "scales"}
+    mixed = QuantConfig(module_bits={"model.layers.1.q_proj": 3})
+    assert mixed.tensors("model.layers.1.q_proj", 576, 192)["qweight"].shape == (192, 54)
+    assert mixed.tensors("model.layers.0.q_proj", 576, 192)["qweight"].shape == (192, 36)
     plain = QuantConfig(bits=3, group_size=-1, rotation=RotationConfig("none", {})).tensors("q_proj", 576, 192)
     assert plain == {
         "qweight": TensorSpec((192, 54), torch.int32),

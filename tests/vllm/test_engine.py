@@ -33,6 +33,12 @@ VARIANTS = {
         "block_size": {"default": 128, "down_proj": 192},
         "group_size": 64,
     },
+    "mixed bits": {
+        "module_bits": {
+            "model.layers.0.mlp.down_proj": 3,
+            **{f"model.layers.1.self_attn.{name}_proj": 4 for name in "qkv"},
+        },
+    },
     "a scale a row, no rotation, o_proj skipped": {
         "group_size": -1,
         "kind": "none",

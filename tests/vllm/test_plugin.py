@@ -135,11 +135,12 @@ def test_methods_of_layers(config, linear):
 def test_skipped_names_follow_the_model(config):
     from vllm.model_executor.models.utils import WeightsMapper
 
-    quant = config(skip=("lm_head", "model.visual"))
+    quant = config(skip=("lm_head", "model.visual"), module_bits={"model.visual.fc1": 4})
     quant.apply_vllm_mapper(
         WeightsMapper(orig_to_new_prefix={"model.visual": "visual", "lm_head": "language_model.lm_head"})
     )
     assert quant.quant.modules_to_not_convert == ("language_model.lm_head", "visual")
+    assert quant.quant.module_bits == {"visual.fc1": 4}
 
 
 def test_fused_layers_must_agree(config, linear):
@@ -147,6 +148,9 @@ def test_fused_layers_must_agree(config, linear):
         config(skip=("k_proj",)).get_quant_method(linear, "model.layers.0.self_attn.qkv_proj")
     with pytest.raises(FormatError, match=r"self_attn\.qkv_proj: .*\{'q_proj': 64, 'k_proj': 64, 'v_proj': 32\}"):
         quant = config(block_size={"default": 64, "v_proj": 32})
+        quant.get_quant_method(linear, "model.layers.0.self_attn.qkv_proj")
+    with pytest.raises(FormatError, match=r"self_attn\.qkv_proj: .*\{'q_proj': 2, 'k_proj': 2, 'v_proj': 4\}"):
+        quant = config(module_bits={"model.layers.0.self_attn.v_proj": 4})
         quant.get_quant_method(linear, "model.layers.0.self_attn.qkv_proj")
 
 

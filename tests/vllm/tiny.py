@@ -29,10 +29,23 @@ LINEARS = {
 SHARED_INPUT = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
-def quant_config(bits=2, group_size=32, zero_point="midrise", kind="butterfly", block_size=None, skip=("lm_head",)):
+def quant_config(
+    bits=2,
+    group_size=32,
+    zero_point="midrise",
+    kind="butterfly",
+    block_size=None,
+    skip=("lm_head",),
+    module_bits=None,
+):
     """By default what two tensor-parallel ranks can share, with 96 = 2⁵·3 as a composite block."""
     return QuantConfig(
-        bits, group_size, zero_point, RotationConfig(kind, block_size or {"default": 64, "down_proj": 96}), skip
+        bits,
+        group_size,
+        zero_point,
+        RotationConfig(kind, block_size or {"default": 64, "down_proj": 96}),
+        skip,
+        module_bits or {},
     )
 
 
@@ -53,14 +66,15 @@ def random_tensors(quant: QuantConfig, bias: bool = False, seed: int = 0) -> dic
             if name.rsplit(".", 1)[-1] in quant.modules_to_not_convert:
                 tensors[f"{module}.weight"] = torch.randn(rows, columns, generator=g) / columns**0.5
                 continue
+            bits = quant.bits_of(module)
             for suffix, spec in quant.tensors(module, columns, rows).items():
                 if suffix == "qweight":
-                    value = pack(torch.randint(0, 1 << quant.bits, (rows, columns), generator=g), quant.bits)
+                    value = pack(torch.randint(0, 1 << bits, (rows, columns), generator=g), bits)
                 elif suffix == "scales":
-                    spread = ((4**quant.bits - 1) / 12) ** 0.5  # of uniform codes
+                    spread = ((4**bits - 1) / 12) ** 0.5  # of uniform codes
                     value = (0.5 + torch.rand(spec.shape, generator=g)) / (spread * columns**0.5)
                 elif suffix == "zeros":
-                    value = (2**quant.bits - 1) / 2 + 0.5 * torch.randn(spec.shape, generator=g)
+                    value = (2**bits - 1) / 2 + 0.5 * torch.randn(spec.shape, generator=g)
                 else:
                     value = math.pi * (2 * torch.rand(spec.shape, generator=g) - 1)
                 tensors[f"{module}.{suffix}"] = value.to(spec.dtype)
@@ -185,7 +199,7 @@ def decode(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
         prefix: decode only what begins with it.
     """
     table = json.loads((path / "config.json").read_text())["quantization_config"]
-    bits, rotation = table["bits"], table["rotation"]
+    rotation = table["rotation"]
     tensors = load_file(path / "model.safetensors")
     tensors = {name: value for name, value in tensors.items() if name.startswith(prefix)}
     state = {name: value for name, value in tensors.items() if name.endswith((".weight", ".bias"))}
@@ -193,6 +207,7 @@ def decode(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
         if not name.endswith(".qweight"):
             continue
         module = name.removesuffix(".qweight")
+        bits = table.get("module_bits", {}).get(module, table["bits"])
         words = tensors[name].tolist()
         streams = [sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(row)) for row in words]
         columns = tensors[name].shape[1] * 32 // bits

@@ -1,0 +1,91 @@
+"""Mixed bits: the estimate behind them, how a budget is spent, and checkpoints that come of it."""
+
+import json
+
+import bq_calibration.hf  # noqa: F401 teaches transformers the format
+import pytest
+import torch
+from bq_calibration.architecture import InputGroup
+from bq_calibration.calibrate import Calibration
+from bq_calibration.checkpoint import verify
+from bq_calibration.errors import UserError
+from bq_calibration.model import SourceModel
+from bq_calibration.recipes import make_recipe
+from bq_calibration.sensitivity import allocate, sensitivities
+from bq_kernels.format import BITS
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM
+
+from .conftest import make_model
+
+SMALL = dict(group_size=32, rotation_block=32, samples=8, seqlen=32, steps=2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # a tied head and one of its own
+def test_estimate_of_the_loss(architecture, tmp_path):
+    """Independent noise on the weights of one group of layers at a time: estimated and measured KL agree."""
+    folder = make_model(tmp_path / "model", architecture)
+    source = SourceModel(str(folder), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 300, (8, 64), generator=generator)
+    spread = {2: 4e-3, 3: 2e-3, 4: 1e-3}
+
+    def rounding_error(weight, hessian, group, bits):
+        return spread[bits] * torch.randn(weight.shape, generator=generator), hessian
+
+    estimated = sensitivities(source, tokens, rounding_error, 0, Progress(disable=True))
+    assert len(estimated) == source.num_blocks * len(source.groups)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = model(input_ids=tokens).logits.log_softmax(-1)
+        for (index, group), losses in estimated.items():
+            assert losses[2] > losses[3] > losses[4] > 0
+            measured = []
+            for _ in range(4):
+                layers = [model.get_submodule(f"model.layers.{index}.{name}") for name in group.layers]
+                before = [layer.weight.clone() for layer in layers]
+                for layer in layers:
+                    layer.weight += spread[2] * torch.randn(layer.weight.shape, generator=generator)
+                found = model(input_ids=tokens).logits.log_softmax(-1)
+                measured.append((wanted.exp() * (wanted - found)).sum(-1).mean().item())
+                for layer, weight in zip(layers, before, strict=True):
+                    layer.weight.copy_(weight)
+            ratio = losses[2] / (sum(measured) / len(measured))
+            assert 0.5 < ratio < 2, (index, group.name, ratio)
+
+
+def test_budget_goes_where_a_bit_saves_most():
+    a, b = InputGroup(("a",), row_parallel=False), InputGroup(("b",), row_parallel=False)
+    losses = {(0, a): {2: 8.0, 3: 2.0, 4: 1.9}, (0, b): {2: 9.0, 3: 2.0, 4: 0.0}}
+    weights = {a: 10, b: 20}  # a bit more: a saves 0.6 a weight, then 0.01; b 0.35, then 0.1
+    assert allocate(losses, weights, 2, 9) == {}
+    assert allocate(losses, weights, 2, 10) == {(0, a): 3}
+    assert allocate(losses, weights, 2, 25) == {(0, a): 4}  # b does not fit into what is left, a bit of a does
+    assert allocate(losses, weights, 2, 30) == {(0, a): 3, (0, b): 3}
+    assert allocate(losses, weights, 2, 50) == {(0, a): 3, (0, b): 4}
+    assert allocate(losses, weights, 2, 1000) == {(0, a): 4, (0, b): 4}
+    assert set(BITS) == {2, 3, 4}
+
+
+@pytest.mark.parametrize("settings", [{}, {"reconstruct": 2, "finetune": 2, "distill": 2, "train_samples": 6}])
+def test_checkpoint_of_mixed_bits(model, text, tmp_path, settings):
+    recipe = make_recipe("fast", SMALL | {"dataset": str(text), "target_bpw": 3.6} | settings)
+    Calibration(str(model), str(tmp_path / "out"), recipe, "cpu", False).run(Progress(disable=True))
+    verified = verify(tmp_path / "out")
+    table = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["module_bits"]
+    assert table and set(table.values()) <= {3, 4}
+    assert 3.3 < verified.bits_per_weight() <= 3.6
+    for index in range(2):  # layers that vLLM fuses have as many bits each
+        prefix = f"model.layers.{index}."
+        for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({table.get(prefix + name) for name in names}) == 1
+    report = json.loads((tmp_path / "out" / "bq_report.json").read_text())
+    assert {entry["bits"] for entry in report["inputs"]} <= {2, 3, 4}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.isfinite(loaded(input_ids=torch.tensor([[3, 4, 5]])).logits).all()
+
+
+def test_budget_below_what_is_there(model, text, tmp_path):
+    recipe = make_recipe("fast", SMALL | {"dataset": str(text), "target_bpw": 2.0})
+    with pytest.raises(UserError, match=r"--target-bpw 2.0: 2 bits alone, all counted, take 2\.\d+"):
+        Calibration(str(model), str(tmp_path / "out"), recipe, "cpu", False).run(Progress(disable=True))
