@@ -1,88 +1,337 @@
-"""Perplexity of a model at 2 bits by method, on the same calibration tokens.
+"""Accuracy of a model at a few bits by method: same model, calibration tokens and group size, all bits counted.
 
-    python benchmarks/accuracy.py MODEL [--dataset c4] [--perplexity wikitext2] [--out build/accuracy] [--json FILE]
+    python benchmarks/accuracy.py MODEL [--bits 2 --bits 3] [--dataset c4] [--perplexity wikitext2 --perplexity c4]
+        [--tasks hellaswag,piqa [--limit 500]] [--only AWQ] [--peers-python PATH] [--out build/accuracy] [--json FILE]
 
-Every row is one `bq-calibrate` and one `bq-eval`; what OUT already holds is used again, so an interrupted run goes on
-where it stopped.
+A row is one command that writes a checkpoint and one `bq-eval` for every data set and task. What OUT already holds is
+used again, so an interrupted run goes on where it stopped. A row whose command fails is left out, with the reason; its
+whole output is in OUT/BITS/ROW.log. Real packages run under --peers-python, for their requirements may not go together
+with ours: pip install auto-round llmcompressor.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import matplotlib
 import typer
 from rich.console import Console
 from rich.table import Table
 
-BIN = Path(sys.executable).parent
-SAMPLES = ["--samples", "64", "--seqlen", "512"]
-# the paper's settings but for the calibration tokens, which are the table's
-ROWS = {
-    "GPTQ, no rotation": ["--rotation", "none", "--rounding", "gptq", "--refine", "0"],
-    "Hadamard + GPTQ, blocks of 64": ["--rotation", "hadamard", "--rounding", "gptq", "--refine", "0"],
-    "butterfly `fast`": ["--recipe", "fast"],
-    "butterfly `paper`": ["--recipe", "paper"],
-}
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BIN, PEERS = Path(sys.executable).parent, Path(__file__).parent / "peers"
+CALIBRATE, OURS, PACKAGES = "bq-calibrate", "ours.py", "packages.py"
 
 
-def _run(*command: object) -> None:
-    if subprocess.run([str(part) for part in command], check=False).returncode:
-        sys.exit(1)
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: its name, the program that makes its checkpoint, and that program's arguments.
+
+    `(ours)` in a name: a method of others that this repository implements; rows of packages get name and version.
+    """
+
+    label: str
+    program: str
+    arguments: str
+
+    @property
+    def slug(self) -> str:
+        """The name as a file name."""
+        return "".join(c if c.isalnum() else "-" for c in self.label)
+
+
+GPTQ = "--rounding gptq --refine 0 --rotation"
+# levels are mid-rise with searched scales where no others are named; `min-max` is a range and an integer zero point
+ROWS = [
+    Row("RTN (ours)", CALIBRATE, "--rotation none --rounding rtn --refine 0"),
+    Row("RTN, min-max", PACKAGES, "llm-compressor --method rtn --asym"),
+    Row("GPTQ (ours)", CALIBRATE, f"{GPTQ} none"),
+    Row("GPTQ, min-max", PACKAGES, "llm-compressor --method gptq --asym"),
+    Row("AWQ (ours)", OURS, "awq"),
+    Row("AWQ, min-max (ours)", OURS, "awq --levels minmax"),
+    Row("AWQ without clipping, min-max", PACKAGES, "llm-compressor --method awq --asym"),
+    Row("OmniQuant-style clipping (ours)", OURS, "omniquant"),
+    Row("OmniQuant-style clipping, min-max (ours)", OURS, "omniquant --levels minmax"),
+    Row("AutoRound, symmetric", PACKAGES, "auto-round"),
+    Row("AutoRound, asymmetric", PACKAGES, "auto-round --asym"),
+    Row(
+        "EfficientQAT-style: blocks, then all but the codes trained (ours)", CALIBRATE, "--recipe best --rotation none"
+    ),
+    Row(
+        "QuIP-style: random butterfly + GPTQ (ours)",
+        CALIBRATE,
+        f"{GPTQ} butterfly --rotation-block full --init random --steps 0",
+    ),
+    Row("Hadamard + GPTQ, full width (ours)", CALIBRATE, f"{GPTQ} hadamard --rotation-block full"),
+    Row("Hadamard + GPTQ, blocks of 64 (ours)", CALIBRATE, f"{GPTQ} hadamard --rotation-block 64"),
+    Row("QuaRot: random Hadamard of the stream + GPTQ (ours)", OURS, "spinquant --steps 0"),
+    Row("SpinQuant-style: learned rotation of the stream + GPTQ (ours)", OURS, "spinquant"),
+    Row("butterfly `paper`", CALIBRATE, "--recipe paper"),
+    Row("butterfly `fast`", CALIBRATE, "--recipe fast"),
+    Row("butterfly `best`", CALIBRATE, "--recipe best"),
+]
+
+
+class LeftOut(Exception):
+    """Why a row is not in the table."""
+
+
+def run(command: list[object], log: Path) -> None:
+    """Run a command with its output in a file.
+
+    Raises:
+        LeftOut: if it fails, with the last line that it printed.
+    """
+    with open(log, "w") as output:
+        try:
+            call = [str(part) for part in command]
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            done = subprocess.run(call, **streams, check=False)
+        except OSError as error:
+            raise LeftOut(str(error)) from error
+    if done.returncode:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise LeftOut(f"{lines[-1] if lines else 'no output'} (exit {done.returncode}, {log.name})")
+
+
+def name_of(dataset: str) -> str:
+    """A data set's name for the table: of a file, its last folder too."""
+    return "/".join(Path(dataset).parts[-2:])
+
+
+@dataclass
+class Bench:
+    """What all rows have in common: the model, the calibration and what is measured.
+
+    Attributes:
+        limits: how much is evaluated: context, windows and documents a task; None for all.
+    """
+
+    model: Path
+    out: Path
+    dataset: str
+    samples: int
+    seqlen: int
+    group_size: int
+    perplexity: list[str]
+    tasks: list[str]
+    include_path: Path | None
+    limits: dict[str, int | None]
+    peers_python: Path
+
+    def calibrate(self, row: Row, bits: int) -> Path:
+        """The folder of the row's checkpoint, made if it is not there.
+
+        Raises:
+            LeftOut: if the program fails.
+        """
+        checkpoint = self.out / str(bits) / row.slug
+        if checkpoint.exists():
+            return checkpoint
+        tokens = self.out / "tokens.safetensors"
+        arguments = [
+            *row.arguments.split(),
+            self.model,
+            "-o",
+            checkpoint,
+            "--bits",
+            bits,
+            "--group-size",
+            self.group_size,
+        ]
+        data = ["--dataset", self.dataset, "--samples", self.samples, "--seqlen", self.seqlen]
+        log = checkpoint.with_name(row.slug + ".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if row.program == CALIBRATE:
+            resume = ["--resume"] if checkpoint.with_name(row.slug + ".partial").exists() else []
+            run([BIN / CALIBRATE, *arguments, *data, "--train-samples", self.samples, *resume], log)
+            return checkpoint
+        if not tokens.exists():
+            run([sys.executable, PEERS / OURS, "tokens", self.model, "-o", tokens, *data], log)
+        python = self.peers_python if row.program == PACKAGES else sys.executable
+        run([python, PEERS / row.program, *arguments, "--tokens", tokens], log)
+        return checkpoint
+
+    def score(self, checkpoint: Path, stem: Path) -> dict[str, Any]:
+        """Perplexity by data set and accuracy by task of a checkpoint; files beside `stem` keep what was measured.
+
+        Raises:
+            LeftOut: if an evaluation fails.
+        """
+        context, windows, limit = self.limits["context"], self.limits["windows"], self.limits["limit"]
+        scores: dict[str, Any] = {"perplexity": {}, "tasks": {}}
+        for dataset in self.perplexity:
+            kept = stem.with_name(f"{stem.name}.{name_of(dataset).replace('/', '-')}.{context}x{windows or 'all'}.json")
+            flags = ["--perplexity", dataset, "--context", context, *(["--windows", windows] if windows else [])]
+            scores["perplexity"][name_of(dataset)] = self._evaluate(checkpoint, flags, kept)["perplexity"] | {
+                "dataset": name_of(dataset)
+            }
+        for task in self.tasks:
+            kept = stem.with_name(f"{stem.name}.{task}.{limit or 'all'}.json")
+            flags = ["--tasks", task, *(["--limit", limit] if limit else [])]
+            flags += ["--include-path", self.include_path] if self.include_path else []
+            scores["tasks"][task] = self._evaluate(checkpoint, flags, kept)["tasks"][task]
+        return scores
+
+    def _evaluate(self, checkpoint: Path, flags: list[object], kept: Path) -> dict[str, Any]:
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            run([BIN / "bq-eval", checkpoint, *flags, "--json", kept], kept.with_suffix(".log"))
+        return json.loads(kept.read_text())
+
+    def measure(self, row: Row, bits: int) -> dict[str, Any]:
+        """Everything that the table says of a row.
+
+        Raises:
+            LeftOut: if a command fails.
+        """
+        checkpoint = self.calibrate(row, bits)
+        facts = next(file for file in (checkpoint / "bq_report.json", checkpoint / "peer.json") if file.exists())
+        report = json.loads(facts.read_text())
+        label = f"{row.label} ({report['name']})" if row.program == PACKAGES else row.label
+        return {
+            "method": label,
+            "bits": bits,
+            "command": f"{row.program} {row.arguments}",
+            "bits_per_weight": report["totals"]["bits_per_weight"],
+            "calibration_tokens": report["calibration_tokens"],
+            "run": report["run"],
+        } | self.score(checkpoint, checkpoint)
+
+
+def mean_accuracy(tasks: dict[str, dict[str, float]]) -> tuple[float, float]:
+    """Mean over tasks and its standard error."""
+    errors = math.sqrt(sum(task["stderr"] ** 2 for task in tasks.values()))
+    return sum(task["value"] for task in tasks.values()) / len(tasks), errors / len(tasks)
+
+
+def table_of(full: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
+    """The table, the 16-bit model first."""
+    table = Table("method", "bits per weight")
+    for dataset in full["perplexity"]:
+        table.add_column(f"perplexity {dataset}")
+        table.add_column("× 16-bit")
+    for task in full["tasks"]:
+        table.add_column(task)
+    if full["tasks"]:
+        table.add_column("mean")
+    for name in ("calibration tokens", "calibration, s", "peak memory, GB"):
+        table.add_column(name)
+    for row in [full, *rows]:
+        cells = [row["method"], f"{row.get('bits_per_weight', 16):.3f}"]
+        for dataset, found in row["perplexity"].items():
+            cells += [f"{found['value']:.2f}", f"{found['value'] / full['perplexity'][dataset]['value']:.2f}"]
+        cells += [f"{task['value']:.4f} ± {task['stderr']:.4f}" for task in row["tasks"].values()]
+        cells += ["{:.4f} ± {:.4f}".format(*mean_accuracy(row["tasks"]))] if row["tasks"] else []
+        if made := row.get("run"):
+            seconds = f"{made['wall_seconds']:.0f}" + (" (resumed)" if made["resumed"] else "")
+            cells += [f"{row['calibration_tokens']}", seconds, f"{made['peak_memory_bytes'] / 1e9:.2f}"]
+        table.add_row(*cells)
+    return table
+
+
+def plot(full: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity against bits per weight and against calibration time, a line of pictures a data set."""
+    datasets = list(full["perplexity"])
+    figure, axes = plt.subplots(len(datasets), 2, figsize=(14, 6 * len(datasets)), squeeze=False)
+    measures = {
+        "bits per weight, all counted": lambda row: row["bits_per_weight"],
+        "calibration, s": lambda row: row["run"]["wall_seconds"],
+    }
+    for line, dataset in zip(axes, datasets, strict=True):
+        for axis, (name, measure) in zip(line, measures.items(), strict=True):
+            for row in rows:
+                point = measure(row), row["perplexity"][dataset]["value"]
+                axis.plot(*point, "^" if row["method"].startswith("butterfly") else "o")
+                axis.annotate(row["method"], point, fontsize=6, xytext=(4, 2), textcoords="offset points")
+            axis.axhline(full["perplexity"][dataset]["value"], color="k", linestyle="--", label="16-bit")
+            axis.set(xlabel=name, ylabel=f"perplexity, {dataset}", yscale="log")
+        line[1].set_xscale("log")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main(
     model: Annotated[Path, typer.Argument(help="The 16-bit model.")],
+    bits: Annotated[list[int], typer.Option(help="Bits per code; may be given several times.")] = [2],  # noqa: B006
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale.")] = 64,
     dataset: Annotated[str, typer.Option(help="Calibration data, as for bq-calibrate.")] = "c4",
-    perplexity: Annotated[str, typer.Option(help="Evaluation data, as for bq-eval.")] = "wikitext2",
-    context: int = 2048,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
+    seqlen: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
+    perplexity: Annotated[
+        list[str], typer.Option(help="Evaluation data, as for bq-eval; may be given several times.")
+    ] = ["wikitext2"],  # noqa: B006
+    context: Annotated[int, typer.Option(help="Tokens a perplexity window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Only the first windows; all by default.")] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
+    include_path: Annotated[Path | None, typer.Option(help="Folder of further lm-eval task files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first documents of each task.")] = None,
+    only: Annotated[list[str], typer.Option(help="Rows whose name starts so; may be given several times.")] = [],  # noqa: B006
+    peers_python: Annotated[Path, typer.Option(help="Interpreter that has the real packages.")] = Path(sys.executable),
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and scores.")] = Path("build/accuracy"),
-    as_json: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/accuracy.json"),
+    as_json: Annotated[Path, typer.Option("--json", help="Results; a .png lies beside.")] = Path(
+        "benchmarks/results/accuracy.json"
+    ),
 ) -> None:
-    """Calibrate, evaluate and print the table."""
+    """Calibrate, evaluate, print the table, write the results and draw them."""
+    shared = {
+        "model": str(model.resolve()),
+        "dataset": dataset,
+        "samples": samples,
+        "seqlen": seqlen,
+        "group": group_size,
+    }
+    settings = out / "settings.json"
+    if settings.exists() and json.loads(settings.read_text()) != shared:
+        raise typer.BadParameter(f"{out} holds rows of {settings.read_text()}; choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    limit = ["--windows", windows] if windows else []
-    rows = []
-    for label, flags in {"16-bit": None, **ROWS}.items():
-        name = "".join(c if c.isalnum() else "-" for c in label)
-        checkpoint, scores = (model if flags is None else out / name), out / f"{name}.json"
-        if flags is not None and not checkpoint.exists():
-            _run(BIN / "bq-calibrate", model, "-o", checkpoint, "--dataset", dataset, *SAMPLES, *flags, "--resume")
-        if not scores.exists():
-            _run(
-                BIN / "bq-eval", checkpoint, "--perplexity", perplexity, "--context", context, *limit, "--json", scores
-            )
-        measured = json.loads(scores.read_text())["perplexity"]
-        row = {"method": label, "flags": flags, "perplexity": measured | {"dataset": Path(measured["dataset"]).name}}
-        if flags is not None:
-            report = json.loads((checkpoint / "bq_report.json").read_text())
-            row["bits_per_weight"] = report["totals"]["bits_per_weight"]
-            row["calibration_tokens"] = report["calibration_tokens"]
-            row["run"] = report["run"]
-        rows.append(row)
-    full = rows[0]["perplexity"]["value"]
-    table = Table("method", "bits per weight", "perplexity", "× 16-bit", "calibration, s", "peak memory, GB")
-    for row in rows:
-        value, cells = row["perplexity"]["value"], ("16", "", "")
-        if run := row.get("run"):
-            cells = (
-                f"{row['bits_per_weight']:.3f}",
-                f"{run['wall_seconds']:.0f}",
-                f"{run['peak_memory_bytes'] / 1e9:.2f}",
-            )
-        bits, seconds, memory = cells
-        table.add_row(row["method"], bits, f"{value:.2f}", f"{value / full:.2f}", seconds, memory)
-    Console(width=120).print(table)
+    settings.write_text(json.dumps(shared))
+    names = [task for task in tasks.split(",") if task]
+    limits = {"context": context, "windows": windows, "limit": limit}
+    bench = Bench(
+        model, out, dataset, samples, seqlen, group_size, perplexity, names, include_path, limits, peers_python
+    )
+    console = Console(width=160)
+    try:
+        full = {"method": "16-bit"} | bench.score(model, out / "16-bit")
+    except LeftOut as reason:
+        sys.exit(f"the 16-bit model: {reason}")
+    rows, left_out = [], {}
+    for width in bits:
+        for row in ROWS:
+            if only and not row.label.startswith(tuple(only)):
+                continue
+            try:
+                rows.append(bench.measure(row, width))
+                console.print(f"{width} bits, {row.label}: done", highlight=False)
+            except LeftOut as reason:
+                left_out[f"{width} bits, {row.label}"] = str(reason)
+    console.print(table_of(full, rows))
+    for label, reason in left_out.items():
+        console.print(f"left out: {label}: {reason}", markup=False, highlight=False, soft_wrap=True)
     versions = {name: version(name) for name in ("torch", "transformers")}
     command = " ".join(["python", *(Path(argument).name for argument in sys.argv)])  # names, no folders of this machine
-    result = {"command": command, "model": model.name, "versions": versions, "rows": rows}
+    result = {
+        "command": command,
+        "model": model.name,
+        "versions": versions,
+        "rows": [full, *rows],
+        "left_out": left_out,
+    }
     as_json.parent.mkdir(parents=True, exist_ok=True)
     as_json.write_text(json.dumps(result, indent=2) + "\n")
+    plot(full, rows, as_json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

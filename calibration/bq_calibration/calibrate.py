@@ -124,7 +124,7 @@ class Calibration:
                 self.source.folder,
                 self.config,
                 self.recipe,
-                tokens.numel(),
+                self._trained_on(tokens).numel(),
                 reports,
                 stages,
                 self._run_facts(),
@@ -169,7 +169,8 @@ class Calibration:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
                     raise UserError(f"{self.out} is in use by another running bq-calibrate") from error
-                if record.exists():
+                self.resumed = record.exists()
+                if self.resumed:
                     before = json.loads(record.read_text())
                     changed = [key for key in settings if settings[key] != before.get(key)]
                     if changed:
@@ -192,7 +193,7 @@ class Calibration:
         if not file.exists():
             recipe, tokenizer = self.recipe, self.source.tokenizer()
             wanted = recipe.samples
-            if recipe.finetune or recipe.distill:
+            if recipe.trains_end_to_end:
                 wanted = max(wanted, recipe.train_samples) + recipe.held_out
             if recipe.dataset == "self":
                 model = AutoModelForCausalLM.from_pretrained(self.source.folder, dtype=self.source.dtype)
@@ -203,6 +204,10 @@ class Calibration:
                 tokens = calibration_tokens(tokenizer, recipe.dataset, wanted, recipe.seqlen, recipe.seed)
             write_tensors(file, {"tokens": tokens})
         return load_file(file)["tokens"]
+
+    def _trained_on(self, tokens: torch.Tensor) -> torch.Tensor:
+        """All samples but those that are held out, the last ones."""
+        return tokens[: len(tokens) - self.recipe.held_out] if self.recipe.trains_end_to_end else tokens
 
     def _module_bits(self, tokens: torch.Tensor, progress: Progress) -> dict[str, int]:
         """Bits of the layers that get more than the recipe's, by full name, so that `target_bpw` is spent."""
@@ -249,10 +254,10 @@ class Calibration:
     def _train(self, tokens: torch.Tensor, progress: Progress) -> tuple[Path, list[dict[str, Any]]]:
         """End-to-end training; returns the folder with the last tensors, and a report of every stage."""
         recipe, source, rounded = self.recipe, self.source, self.staging / "blocks"
-        if not (recipe.finetune or recipe.distill):
+        if not recipe.trains_end_to_end:
             return rounded, []
         states = teacher_states(source, tokens, self.staging / "teacher.safetensors", progress)
-        count = len(tokens) - recipe.held_out
+        count = len(self._trained_on(tokens))
         stages: list[dict[str, Any]] = []
         for stage, steps in (("rounded", 0), ("finetune", recipe.finetune), ("distill", recipe.distill)):
             folder = self.staging / stage
@@ -474,7 +479,7 @@ class Calibration:
         on_gpu = self.device.type == "cuda"
         return {
             "wall_seconds": round(time.monotonic() - self.started, 1),
-            "resumed": self.resume,
+            "resumed": self.resumed,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
             "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",

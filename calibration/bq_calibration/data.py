@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -65,11 +66,10 @@ def tokenize(tokenizer, text: str) -> list[int]:
 
 
 def calibration_tokens(tokenizer, datasets: str, samples: int, seqlen: int, seed: int) -> torch.Tensor:
-    """Windows of `seqlen` tokens from one data set, or shuffled ones from several.
+    """Windows of `seqlen` tokens from one data set, or from several in turn.
 
     Args:
-        datasets: as for `load_documents`; of several, joined by commas, each gives an equal share, the first ones more
-            where one does not suffice.
+        datasets: as for `load_documents`; several are joined by commas. One that is used up is passed over.
 
     Returns:
         int64 [at most samples, seqlen]; fewer rows where the data does not suffice.
@@ -77,26 +77,13 @@ def calibration_tokens(tokenizer, datasets: str, samples: int, seqlen: int, seed
     Raises:
         UserError: if a data set does not fill one window.
     """
-    names = datasets.split(",")
-    parts: list[torch.Tensor] = []
-    for left in range(len(names), 0, -1):  # from the last, so that the first fills up
-        share = (samples - sum(map(len, parts))) // left
-        parts.append(_windows(tokenizer, names[left - 1], share, seqlen, seed))
-    joined = torch.cat(parts)
-    if len(names) == 1:
-        return joined
-    return joined[torch.randperm(len(joined), generator=torch.Generator().manual_seed(seed))]
+    parts = [_windows(tokenizer, name, samples, seqlen, seed) for name in datasets.split(",")]
+    turns = [row for rows in zip_longest(*parts) for row in rows if row is not None]
+    return torch.tensor(turns[:samples])  # whoever asks for more samples gets these first
 
 
-def _windows(tokenizer, dataset: str, samples: int, seqlen: int, seed: int) -> torch.Tensor:
-    """Windows of `seqlen` tokens from shuffled documents, joined end to end.
-
-    Returns:
-        int64 [at most samples, seqlen]; fewer rows where the data does not suffice.
-
-    Raises:
-        UserError: if the data does not fill one window.
-    """
+def _windows(tokenizer, dataset: str, samples: int, seqlen: int, seed: int) -> list[list[int]]:
+    """At most `samples` windows of a data set, from shuffled documents joined end to end."""
     documents = load_documents(dataset, "train")
     shuffler = random.Random(seed)
     stream: list[int] = []
@@ -114,7 +101,7 @@ def _windows(tokenizer, dataset: str, samples: int, seqlen: int, seed: int) -> t
         windows = [stream[i * seqlen : (i + 1) * seqlen] for i in range(min(samples, len(stream) // seqlen))]
     if not windows:
         raise UserError(f"{dataset}: {len(stream)} tokens do not fill one window of {seqlen}; lower --seqlen")
-    return torch.tensor(windows)
+    return windows
 
 
 @torch.no_grad()

@@ -1,0 +1,193 @@
+"""Peers of the accuracy table on a tiny model: on their levels, and better than rounding to nearest; and the table."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from bq_calibration.quantize import round_nearest
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+GROUP, BITS = 32, 3  # at 2 bits a random model is far off with any method
+
+
+def load(script: str):
+    """A script as a module; BENCHMARKS cannot be on the path, where its kernels.py would stand for another package."""
+    path = BENCHMARKS / script
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+accuracy, packages, ours = map(load, ("accuracy.py", "peers/packages.py", "peers/ours.py"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny Llama whose inputs have outlier channels, with heads that share values."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=96,  # 32·3: not a power of two
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+    )
+    network = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("layernorm.weight"):
+                parameter.copy_(torch.rand(96) + 0.5)
+                parameter[::7] *= 6
+            else:
+                parameter.normal_()
+                parameter.copy_(
+                    0.5 * parameter if "embed" in name else 0.1 * parameter * parameter.abs()
+                )  # tails to clip
+    folder = tmp_path_factory.mktemp("model")
+    network.save_pretrained(folder)
+    vocabulary = {f"t{n}": n for n in range(64)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    """Tokens of a skewed distribution."""
+    file = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
+    torch.manual_seed(0)
+    save_file({"tokens": torch.randint(0, 64, (16, 64)).minimum(torch.randint(0, 64, (16, 64)))}, file)
+    return file
+
+
+@torch.no_grad()
+def error(network, model: Path, tokens: Path) -> float:
+    """Relative squared error of what the first block adds."""
+    ids = load_file(tokens)["tokens"]
+    inputs, full = AutoModelForCausalLM.from_pretrained(model)(ids, output_hidden_states=True).hidden_states[:2]
+    found = network(ids, output_hidden_states=True).hidden_states[1]
+    return float((found - full).square().sum() / (full - inputs).square().sum())
+
+
+def nearest(model: Path, levels: str):
+    """The model rounded to nearest."""
+    network = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        for layer in packages.quantized_layers(network).values():
+            if levels == "midrise":
+                rounded = round_nearest(layer.weight, BITS, GROUP, levels)
+            else:
+                grouped = layer.weight.unflatten(1, (-1, GROUP))
+                rounded = ours._nearest(grouped, *ours.clipped_range(grouped, BITS, 1, 1, levels), BITS)
+            layer.weight.copy_(rounded.weight())
+    return network
+
+
+@pytest.mark.parametrize("levels", ["midrise", "minmax"])
+@pytest.mark.parametrize("method", [ours.awq, partial(ours.omniquant, epochs=10)], ids=["awq", "omniquant"])
+def test_clipping_peers(model, tokens, tmp_path, method, levels):
+    method(model, tmp_path / "out", tokens, BITS, GROUP, levels)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, layer in packages.quantized_layers(network).items():
+        assert 4 < packages.most_levels(layer.weight, GROUP) <= 8, name
+    found, plain = error(network, model, tokens), error(nearest(model, levels), model, tokens)
+    assert found < 0.9 * plain
+    facts = json.loads((tmp_path / "out" / "peer.json").read_text())
+    assert facts["totals"]["bits_per_weight"] == BITS + (16 if levels == "midrise" else 16 + BITS) / GROUP
+    assert facts["calibration_tokens"] == 16 * 64 and facts["run"]["wall_seconds"] > 0
+
+
+@pytest.mark.parametrize("steps", [0, 8])
+def test_spinquant(model, tokens, tmp_path, steps):
+    ours.spinquant(model, tmp_path / "out", tokens, BITS, GROUP, steps)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    rotations = ours.Rotations(ours.SourceModel(str(model), torch.device("cpu")), BITS, GROUP)
+    if steps:
+        learned = load_file(tmp_path / "out" / "rotations" / "learned.safetensors")
+        losses = learned.pop("losses")
+        assert losses[-1] < losses[0]
+        assert not torch.allclose(learned["residual"], rotations.learned["residual"], atol=1e-3)
+        rotations.learned = learned
+    for matrix in (*rotations.learned.values(), rotations.down):
+        assert torch.allclose(matrix @ matrix.T, torch.eye(len(matrix)), atol=1e-5)
+    for name, layer in packages.quantized_layers(network).items():
+        _, _, index, short = name.split(".", 3)
+        turned = rotations.basis(int(index), short).turn(layer.weight.detach())
+        step = 1e-3 * turned.abs().max()
+        assert (turned.unflatten(1, (-1, GROUP)).sort(-1).values.diff(dim=-1) > step).sum(-1).max() < 8, name
+    assert error(network, model, tokens) < 0.9 * error(nearest(model, "midrise"), model, tokens)
+
+
+def test_resumes_to_the_same_bytes(model, tokens, tmp_path):
+    ours.awq(model, tmp_path / "whole", tokens, BITS, GROUP)
+    partial = tmp_path / "parts.partial"
+    partial.mkdir()
+    first = "model-00001-of-00003.safetensors"
+    (partial / first).write_bytes((tmp_path / "whole" / first).read_bytes())
+    ours.awq(model, tmp_path / "parts", tokens, BITS, GROUP)
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes()
+    assert json.loads((tmp_path / "parts" / "peer.json").read_text())["run"]["resumed"]
+
+
+@pytest.mark.parametrize("arguments", ["auto-round --iters 2", "llm-compressor --method gptq --asym"])
+def test_packages(model, tokens, tmp_path, arguments):
+    pytest.importorskip({"auto-round": "auto_round", "llm-compressor": "llmcompressor"}[arguments.split()[0]])
+    script, common = BENCHMARKS / "peers" / "packages.py", ["-o", tmp_path / "out", "--tokens", tokens]
+    call = [sys.executable, script, *arguments.split(), model, *common, "--group-size", GROUP]
+    subprocess.run([str(part) for part in call], check=True, timeout=300)
+    assert (tmp_path / "out" / "peer.json").exists()
+
+
+def test_table_from_what_is_there(tmp_path, capsys):
+    out = tmp_path / "out"
+    perplexities = {"16-bit": 20.0, "RTN (ours)": 4000.0, "butterfly `fast`": 60.0}
+    for label, value in perplexities.items():
+        slug = accuracy.Row(label, "", "").slug
+        checkpoint = out / ("16-bit" if label == "16-bit" else f"3/{slug}")
+        checkpoint.mkdir(parents=True)
+        run = {"wall_seconds": 12.0, "resumed": False, "peak_memory_bytes": 2e9}
+        report = {"totals": {"bits_per_weight": 3.25}, "calibration_tokens": 64, "run": run}
+        (checkpoint / "bq_report.json").write_text(json.dumps(report))
+        for dataset, factor in (("wikitext2", 1), ("c4-eval.jsonl", 2)):
+            score = {"perplexity": {"dataset": dataset, "context": 128, "windows": 3, "value": value * factor}}
+            checkpoint.with_name(f"{checkpoint.name}.{dataset}.128x3.json").write_text(json.dumps(score))
+        for task in ("one", "two"):
+            score = {"tasks": {task: {"metric": "acc", "value": 0.5, "stderr": 0.03}}}
+            checkpoint.with_name(f"{checkpoint.name}.{task}.all.json").write_text(json.dumps(score))
+    (out / "tokens.safetensors").touch()
+    accuracy.main(
+        Path("a-model"),
+        bits=[3],
+        dataset="c4",
+        perplexity=["wikitext2", "data/c4/eval.jsonl"],
+        context=128,
+        windows=3,
+        tasks="one,two",
+        only=["RTN (ours)", "butterfly `fast`", "AutoRound, sym"],
+        peers_python=tmp_path / "no-python",
+        out=out,
+        as_json=tmp_path / "table.json",
+    )
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "table.json").read_text())
+    assert [row["method"] for row in result["rows"]] == list(perplexities)
+    assert result["rows"][2]["perplexity"]["c4/eval.jsonl"]["value"] == 120
+    assert list(result["left_out"]) == ["3 bits, AutoRound, symmetric"]
+    assert "no-python" in result["left_out"]["3 bits, AutoRound, symmetric"]
+    assert "left out: 3 bits, AutoRound, symmetric" in printed and "3.250" in printed
+    assert accuracy.mean_accuracy(result["rows"][1]["tasks"]) == pytest.approx((0.5, 0.03 / 2**0.5))
+    assert (tmp_path / "table.png").stat().st_size > 0
+    with pytest.raises(accuracy.typer.BadParameter):  # other tokens than those of the rows that are there
+        accuracy.main(Path("a-model"), dataset="wikitext2", out=out)
