@@ -1,6 +1,6 @@
 """End-to-end training of a rounded model: the loss is KL(16-bit ‖ quantized) over the next token.
 
-Every other stage looks at a layer or a block at a time. With `codes` trained as well it takes 14 bytes a weight; with
+Every other stage looks at a layer or a block at a time. With `codes` trained as well it takes 18 bytes a weight; with
 codes frozen, one.
 """
 

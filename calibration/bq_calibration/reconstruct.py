@@ -1,7 +1,7 @@
 """Block-wise training: a quantized decoder block learns to give what the 16-bit model gives at the same place.
 
 After EfficientQAT (arXiv 2407.11062), its Block-AP: codes through a straight-through quantizer, scales and zeros; here
-the angles of the rotations and the norms as well. One block is in memory at a time, at 14 bytes a weight.
+the angles of the rotations and the norms as well. One block is in memory at a time, at 18 bytes a weight.
 """
 
 from __future__ import annotations

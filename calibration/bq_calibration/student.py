@@ -54,10 +54,6 @@ class Rotation(nn.Module):
             self._seen, self._rotated = x, rotated
         return self._rotated
 
-    def forget(self) -> None:
-        """Let go of the last input and the graph behind it."""
-        self._seen = self._rotated = None
-
 
 class _Product(torch.autograd.Function):
     """x W′ᵀ with W′ = s·(q − z); positions that are no codes yet are rounded, and get the gradient of the code."""
@@ -175,7 +171,8 @@ class Trainable:
     Args:
         source: the 16-bit model.
         config: the checkpoint's format.
-        train_codes: whether codes are trained too, at 14 bytes a weight with their gradients and moments.
+        train_codes: whether codes are trained too. With position, gradient, two moments, and the rounded weight in
+            bfloat16 that takes 18 bytes a weight.
     """
 
     def __init__(self, source: SourceModel, config: QuantConfig, train_codes: bool):
