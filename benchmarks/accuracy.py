@@ -113,6 +113,8 @@ class Bench:
     """What all rows have in common: the model, the calibration and what is measured.
 
     Attributes:
+        samples: calibration sequences for rounding and block-wise training.
+        train_samples: for end-to-end training, those of `samples` among them.
         limits: how much is evaluated: context, windows and documents a task; None for all.
     """
 
@@ -120,6 +122,7 @@ class Bench:
     out: Path
     dataset: str
     samples: int
+    train_samples: int
     seqlen: int
     group_size: int
     perplexity: list[str]
@@ -149,11 +152,12 @@ class Bench:
             self.group_size,
         ]
         data = ["--dataset", self.dataset, "--samples", self.samples, "--seqlen", self.seqlen]
+        data += ["--train-samples", self.train_samples]
         log = checkpoint.with_name(row.slug + ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         if row.program == CALIBRATE:
             resume = ["--resume"] if checkpoint.with_name(row.slug + ".partial").exists() else []
-            run([BIN / CALIBRATE, *arguments, *data, "--train-samples", self.samples, *resume], log)
+            run([BIN / CALIBRATE, *arguments, *data, *resume], log)
             return checkpoint
         if not tokens.exists():
             run([sys.executable, PEERS / OURS, "tokens", self.model, "-o", tokens, *data], log)
@@ -267,7 +271,8 @@ def main(
     bits: Annotated[list[int], typer.Option(help="Bits per code; may be given several times.")] = [2],  # noqa: B006
     group_size: Annotated[int, typer.Option(help="Columns that share a scale.")] = 64,
     dataset: Annotated[str, typer.Option(help="Calibration data, as for bq-calibrate.")] = "c4",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
+    samples: Annotated[int, typer.Option(help="Calibration sequences for rounding and block-wise training.")] = 128,
+    train_samples: Annotated[int, typer.Option(help="Sequences for end-to-end training, those among them.")] = 640,
     seqlen: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
     perplexity: Annotated[
         list[str], typer.Option(help="Evaluation data, as for bq-eval; may be given several times.")
@@ -289,6 +294,7 @@ def main(
         "model": str(model.resolve()),
         "dataset": dataset,
         "samples": samples,
+        "train_samples": train_samples,
         "seqlen": seqlen,
         "group": group_size,
     }
@@ -300,7 +306,18 @@ def main(
     names = [task for task in tasks.split(",") if task]
     limits = {"context": context, "windows": windows, "limit": limit}
     bench = Bench(
-        model, out, dataset, samples, seqlen, group_size, perplexity, names, include_path, limits, peers_python
+        model,
+        out,
+        dataset,
+        samples,
+        train_samples,
+        seqlen,
+        group_size,
+        perplexity,
+        names,
+        include_path,
+        limits,
+        peers_python,
     )
     console = Console(width=160)
     try:

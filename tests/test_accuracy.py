@@ -67,7 +67,8 @@ def tokens(tmp_path_factory) -> Path:
     """Tokens of a skewed distribution."""
     file = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
     torch.manual_seed(0)
-    save_file({"tokens": torch.randint(0, 64, (16, 64)).minimum(torch.randint(0, 64, (16, 64)))}, file)
+    rows = torch.randint(0, 64, (16, 64)).minimum(torch.randint(0, 64, (16, 64)))
+    save_file({"tokens": rows, "train_tokens": rows.clone()}, file)
     return file
 
 
@@ -95,7 +96,7 @@ def nearest(model: Path, levels: str):
 
 
 @pytest.mark.parametrize("levels", ["midrise", "minmax"])
-@pytest.mark.parametrize("method", [ours.awq, partial(ours.omniquant, epochs=10)], ids=["awq", "omniquant"])
+@pytest.mark.parametrize("method", [ours.awq, partial(ours.omniquant, steps=40)], ids=["awq", "omniquant"])
 def test_clipping_peers(model, tokens, tmp_path, method, levels):
     method(model, tmp_path / "out", tokens, BITS, GROUP, levels)
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,6 +1,6 @@
 """Peers of the accuracy table that are written here: AWQ, OmniQuant's learned clipping, SpinQuant's learned rotation.
 
-    python benchmarks/peers/ours.py tokens MODEL -o tokens.safetensors [--dataset c4] [--samples 64] [--seqlen 512]
+    python benchmarks/peers/ours.py tokens MODEL -o tokens.safetensors [--dataset c4] [--samples 128] [--seqlen 512]
     python benchmarks/peers/ours.py awq MODEL -o OUT --tokens tokens.safetensors [--bits 2] [--levels minmax]
 
 OUT is an ordinary dense checkpoint, fake-quantized in float32 and stored in the dtype of MODEL, one shard a decoder
@@ -26,8 +26,9 @@ import typer
 from bq_calibration.checkpoint import write_json, write_tensors
 from bq_calibration.data import calibration_tokens
 from bq_calibration.errors import UserError
-from bq_calibration.model import SourceModel
+from bq_calibration.model import SourceModel, block_output
 from bq_calibration.quantize import Quantized, output_error, round_gptq, search_scale
+from bq_calibration.train import batch_of
 from packages import Bits, GroupSize, Model, Out, Tokens, write_facts
 from safetensors.torch import load_file
 from torch import nn
@@ -58,8 +59,8 @@ Levels = Annotated[str, typer.Option(help="midrise (searched scales) or minmax (
 @torch.no_grad()
 def forward(block: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
     """Outputs of a decoder block, [samples, seqlen, hidden] to the same."""
-    outputs = [block(part, **arguments) for part in hidden.split(max(1, TOKENS_A_STEP // hidden.shape[1]))]
-    return torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs])
+    parts = hidden.split(max(1, TOKENS_A_STEP // hidden.shape[1]))
+    return torch.cat([block_output(block, part, arguments) for part in parts])
 
 
 def capture(
@@ -238,17 +239,18 @@ def omniquant_block(
     bits: int,
     group: int,
     levels: str,
-    epochs: int,
+    steps: int,
     block: nn.Module,
-    _index,
+    index: int,
     hidden: torch.Tensor,
     arguments: dict[str, Any],
     targets: torch.Tensor,
 ) -> None:
     """Learned clipping of one decoder block: OmniQuant (arXiv 2308.13137) as it is published for weights alone.
 
-    The shares of every group's range are sigmoids, trained with AdamW, a sequence a step, so that the block gives what
-    the 16-bit one gives on 16-bit inputs. `minmax` starts as published, `midrise` from searched scales.
+    The shares of every group's range are sigmoids, trained with AdamW, 2,048 tokens a step, so that the block gives
+    what the 16-bit one gives on 16-bit inputs. `minmax` starts as published, `midrise` from searched scales. Published
+    are 2,560 steps for 2 bits; the default is about what other methods take that train blocks.
     """
     block.requires_grad_(False)
     weights, logits = {}, {}
@@ -260,22 +262,22 @@ def omniquant_block(
             start[1] = (searched / clipped_range(weights[name], bits, 1, 1, levels)[0]).clamp(max=0.99).logit()
         logits[name] = start.requires_grad_(True)
     optimizer = torch.optim.AdamW(logits.values(), lr=CLIPPING_RATE, weight_decay=0)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(hidden), generator=generator).split(1):
-            with torch.enable_grad():
-                replaced = {}
-                for name, weight in weights.items():
-                    scale, zero = clipped_range(weight, bits, *logits[name].sigmoid(), levels)
-                    centre = (2**bits - 1) / 2 if zero is None else zero.unsqueeze(-1)
-                    rounded = scale.unsqueeze(-1) * (_codes(weight, scale, zero, bits) - centre)
-                    replaced[name + ".weight"] = rounded.flatten(1)
-                with torch.autocast(hidden.device.type, torch.bfloat16):
-                    output = torch.func.functional_call(block, replaced, (hidden[rows],), arguments)
-                output = output[0] if isinstance(output, tuple) else output
-                F.mse_loss(output.float(), targets[rows].float()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    batch = max(1, TOKENS_A_STEP // hidden.shape[1])
+    for step in range(steps):
+        rows = batch_of(step, batch, len(hidden), index)
+        with torch.enable_grad():
+            replaced = {}
+            for name, weight in weights.items():
+                scale, zero = clipped_range(weight, bits, *logits[name].sigmoid(), levels)
+                centre = (2**bits - 1) / 2 if zero is None else zero.unsqueeze(-1)
+                rounded = scale.unsqueeze(-1) * (_codes(weight, scale, zero, bits) - centre)
+                replaced[name + ".weight"] = rounded.flatten(1)
+            with torch.autocast(hidden.device.type, torch.bfloat16):
+                output = torch.func.functional_call(block, replaced, (hidden[rows],), arguments)
+            output = output[0] if isinstance(output, tuple) else output
+            F.mse_loss(output.float(), targets[rows].float()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     for name, weight in weights.items():
         scale, zero = clipped_range(weight, bits, *logits[name].detach().sigmoid(), levels)
         _install(source.linear(block, name), _nearest(weight, scale, zero, bits).weight())
@@ -455,16 +457,27 @@ def spinquant_block(
 
 
 def _run(
-    name: str, model: Path, out: Path, tokens: Path, bits: int, group: int, levels: str, method: Callable, **options
+    name: str,
+    model: Path,
+    out: Path,
+    tokens: Path,
+    bits: int,
+    group: int,
+    levels: str,
+    method: Callable,
+    with_targets: bool = False,
+    end_to_end: bool = False,
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source, rows = SourceModel(str(model), device), load_file(tokens)["tokens"]
+    source, data = SourceModel(str(model), device), load_file(tokens)
+    rows, train_rows = data["tokens"], data["train_tokens"]
     staging = out.with_name(out.name + ".partial")
     resumed = staging.exists()
     staging.mkdir(parents=True, exist_ok=True)
-    quantize = method(source, rows, staging)
-    stream(source, rows, staging, quantize, **options)
-    write_facts(staging, name, rows, bits, group, asym=levels == "minmax", resumed=resumed)
+    quantize = method(source, train_rows, staging)
+    stream(source, rows, staging, quantize, with_targets)
+    seen = train_rows if end_to_end else rows
+    write_facts(staging, name, seen, bits, group, asym=levels == "minmax", resumed=resumed)
     staging.rename(out)
 
 
@@ -473,13 +486,18 @@ def tokens(
     model: Model,
     out: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
     dataset: Annotated[str, typer.Option(help="As for bq-calibrate.")] = "c4",
-    samples: int = 64,
+    samples: int = 128,
+    train_samples: int = 640,
     seqlen: int = 512,
     seed: int = 0,
 ) -> None:
-    """Write the tokens on which `bq-calibrate` with the same settings calibrates, for every peer."""
+    """Write the tokens on which `bq-calibrate` with the same settings calibrates, for every peer.
+
+    `tokens`, for rounding and block-wise training, are the first `samples` of `train_tokens`, for end-to-end training.
+    """
     tokenizer = SourceModel(str(model), torch.device("cpu")).tokenizer()
-    write_tensors(out, {"tokens": calibration_tokens(tokenizer, dataset, samples, seqlen, seed)})
+    rows = calibration_tokens(tokenizer, dataset, max(samples, train_samples), seqlen, seed)
+    write_tensors(out, {"tokens": rows[:samples].clone(), "train_tokens": rows[:train_samples].clone()})
 
 
 @app.command()
@@ -491,7 +509,7 @@ def awq(
     def method(source, _rows, _staging):
         return partial(awq_block, source, bits, group_size, levels)
 
-    _run("AWQ", model, out, tokens, bits, group_size, levels, method, with_targets=False)
+    _run("AWQ", model, out, tokens, bits, group_size, levels, method)
 
 
 @app.command()
@@ -502,12 +520,12 @@ def omniquant(
     bits: Bits = 2,
     group_size: GroupSize = 64,
     levels: Levels = "midrise",
-    epochs: Annotated[int, typer.Option(help="Passes over the tokens a block.")] = 20,
+    steps: Annotated[int, typer.Option(help="Steps a block.")] = 200,
 ) -> None:
     """OmniQuant's learned clipping."""
 
     def method(source, _rows, _staging):
-        return partial(omniquant_block, source, bits, group_size, levels, epochs)
+        return partial(omniquant_block, source, bits, group_size, levels, steps)
 
     _run("OmniQuant", model, out, tokens, bits, group_size, levels, method, with_targets=True)
 
@@ -523,17 +541,17 @@ def spinquant(
 ) -> None:
     """SpinQuant's learned rotations, then GPTQ."""
 
-    def method(source, rows, staging):
+    def method(source, train_rows, staging):
         rotations, saved = Rotations(source, bits, group_size), staging / "rotations" / "learned.safetensors"
         if steps and not saved.exists():
             saved.parent.mkdir(exist_ok=True)
-            losses = rotations.learn(source, rows, steps)
+            losses = rotations.learn(source, train_rows, steps)
             write_tensors(saved, rotations.learned | {"losses": torch.tensor(losses)})
         if steps:
             rotations.learned = load_file(saved, str(source.device))
         return partial(spinquant_block, source, rotations)
 
-    _run("SpinQuant", model, out, tokens, bits, group_size, "midrise", method, with_targets=False)
+    _run("SpinQuant", model, out, tokens, bits, group_size, "midrise", method, end_to_end=bool(steps))
 
 
 if __name__ == "__main__":

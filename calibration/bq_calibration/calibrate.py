@@ -31,7 +31,7 @@ from .checkpoint import export, write_json, write_tensors
 from .data import calibration_tokens, sampled_tokens
 from .distill import distill, held_out, teacher_states
 from .errors import UserError, WriteError
-from .model import SourceModel, TensorStore
+from .model import SourceModel, TensorStore, block_output
 from .quantize import Quantized, output_error, refine, round_gptq, round_nearest
 from .recipes import Recipe, quant_config
 from .reconstruct import reconstruct
@@ -104,8 +104,18 @@ class Calibration:
                         tensors, inputs = self._quantize_block(block, index, forward)
                         report = {"inputs": inputs, "reconstruction": []}
                         if original is not None:
-                            tensors, report["reconstruction"] = self._reconstruct(
-                                block, index, tensors, hidden, original, arguments[index], progress
+                            tensors, report["reconstruction"] = reconstruct(
+                                self.source,
+                                self.config,
+                                block,
+                                index,
+                                tensors,
+                                hidden,
+                                original,
+                                arguments[index],
+                                self.recipe.reconstruct,
+                                self.recipe.seed * 1_000_003 + index,
+                                progress,
                             )
                             self._install(block, index, tensors)
                         write_json(stem.with_suffix(".json"), report)
@@ -302,11 +312,11 @@ class Calibration:
         def forward(keep: torch.Tensor | None = None) -> None:
             for start in range(0, len(hidden), batch):
                 try:
-                    output = block(hidden[start : start + batch], **arguments)
+                    output = block_output(block, hidden[start : start + batch], arguments)
                 except _InputReached:
                     continue
                 if keep is not None:
-                    keep[start : start + batch] = output[0] if isinstance(output, tuple) else output
+                    keep[start : start + batch] = output
 
         return forward
 
@@ -429,21 +439,6 @@ class Calibration:
             report["coherence"] = analysis.coherence(angles, block_size)
             report["best_coherence"] = block_size**-0.5
         return chosen, angles, report
-
-    def _reconstruct(
-        self,
-        block: nn.Module,
-        index: int,
-        tensors: dict[str, torch.Tensor],
-        inputs: torch.Tensor,
-        targets: torch.Tensor,
-        arguments: dict[str, Any],
-        progress: Progress,
-    ) -> tuple[dict[str, torch.Tensor], list[float]]:
-        steps, seed = self.recipe.reconstruct, self.recipe.seed * 1_000_003 + index
-        return reconstruct(
-            self.source, self.config, block, index, tensors, inputs, targets, arguments, steps, seed, progress
-        )
 
     def _install(
         self, block: nn.Module, index: int, tensors: dict[str, torch.Tensor], only: InputGroup | None = None

@@ -38,7 +38,9 @@ def load_documents(dataset: str, split: str) -> list[str]:
             rows = load_dataset("allenai/c4", data_files={name: file}, split=name, streaming=True)
             documents = [row["text"] for row in rows.take(4000)]
         elif path.suffix in _LOCAL and path.is_file():
-            if _LOCAL[path.suffix] == "text":
+            if not path.stat().st_size:
+                documents = []  # `datasets` would log a traceback
+            elif _LOCAL[path.suffix] == "text":
                 documents = [path.read_text(encoding="utf-8")]
             else:
                 rows = load_dataset(_LOCAL[path.suffix], data_files=str(path), split="train")

@@ -94,6 +94,12 @@ class TensorStore:
             return math.prod(view.get_shape()) * _BYTES[view.get_dtype()]
 
 
+def block_output(block: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    """Hidden states behind a decoder block, [samples, seqlen, hidden]; some architectures return them in a tuple."""
+    output = block(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
 class SourceModel:
     """The 16-bit model: a skeleton without memory, into which one decoder block at a time is loaded.
 

@@ -25,7 +25,8 @@ class Recipe:
         refine: sweeps of coordinate descent over codes and least squares for scales after rounding.
         reconstruct: steps of training of a decoder block after it is rounded: codes, scales, zeros, angles, norms.
         finetune: steps of end-to-end training of the same, once all blocks are done. Holds 18 bytes a weight.
-        distill: steps of end-to-end training of all but the codes, at the end. Holds a byte a weight.
+        distill: steps of end-to-end training of all but the codes, at the end. Holds packed codes and 20 bytes
+            a group.
         samples: sequences that rounding and the training of blocks look at.
         train_samples: sequences for end-to-end training, those of `samples` among them.
         held_out: further sequences, never trained on, on which the report measures the stages of end-to-end training.

@@ -15,9 +15,9 @@ from bq_kernels.format import QuantConfig
 from rich.progress import Progress
 from torch import nn
 
-from .model import SourceModel
+from .model import SourceModel, block_output
 from .student import Trainable
-from .train import sample, train
+from .train import batch_of, train
 
 TOKENS_A_STEP = 2048
 RATES = {"codes": 1e-2, "factors": 1e-2, "zeros": 1e-2, "angles": 5e-3, "norms": 5e-4}
@@ -74,16 +74,12 @@ def reconstruct(
     batch = max(1, TOKENS_A_STEP // inputs.shape[1])
 
     def step_loss(step: int) -> float:
-        rows = torch.tensor([sample(step * batch + i, len(inputs), seed) for i in range(batch)])
+        rows = batch_of(step, batch, len(inputs), seed)
         with torch.autocast(source.device.type, torch.bfloat16):
-            output = trained(inputs[rows].float(), **arguments)
-        loss = block_loss(output[0] if isinstance(output, tuple) else output, targets[rows])
+            output = block_output(trained, inputs[rows].float(), arguments)
+        loss = block_loss(output, targets[rows])
         loss.backward()
         return loss.item()
 
-    def after_step() -> None:
-        for layer in trainable.layers.values():
-            layer.hold()
-
-    losses = train(trainable.parameters(), rates, steps, step_loss, after_step, None, progress, f"block {index}")
+    losses = train(trainable.parameters(), rates, steps, step_loss, trainable.hold, None, progress, f"block {index}")
     return trainable.tensors(), losses

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import nn
 
 from .architecture import InputGroup
-from .model import SourceModel
+from .model import SourceModel, block_output
 
 SAMPLES = 8  # sequences that are looked at
 _ROWS = 256  # tokens whose logits are in memory at a time
@@ -48,7 +48,7 @@ def sensitivities(
         entering.append(hidden.clone())
         with source.block(index) as block, torch.no_grad():
             for row in hidden.split(1):
-                row.copy_(_output(block(row, **arguments[index])))
+                row.copy_(block_output(block, row, arguments[index]))
         progress.advance(task)
     gradient = _fisher_gradient(source, hidden, seed)
     losses: Losses = {}
@@ -58,17 +58,13 @@ def sensitivities(
             for x, g in zip(entering.pop().split(1), gradient.split(1), strict=True):
                 x.requires_grad_()
                 with torch.enable_grad():
-                    output = _output(block(x, **arguments[index]))
+                    output = block_output(block, x, arguments[index])
                 g.copy_(torch.autograd.grad(output, x, g)[0])
             for group, found in statistics.items():
                 losses[index, group] = found.losses(rounding_error)
         progress.advance(task)
     progress.remove_task(task)
     return losses
-
-
-def _output(output):
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _fisher_gradient(source: SourceModel, hidden: torch.Tensor, seed: int) -> torch.Tensor:

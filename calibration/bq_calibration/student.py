@@ -19,6 +19,8 @@ from .model import SourceModel, TensorStore
 from .rotation import Turn
 
 MARGIN = 0.45  # how far from its stored code, in steps, a weight may be when training begins
+# weights a block from which the activations inside blocks are computed again for the backward pass, not kept
+RECOMPUTE_FROM = 2**25
 
 
 def as_stored(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -33,30 +35,39 @@ class Rotation(nn.Module):
         angles: [K/b, num_angles]; None leaves the input as it is.
         block_size: b.
         train: whether the angles are trained.
+        layers: how many layers share the input.
     """
 
-    def __init__(self, angles: torch.Tensor | None, block_size: int, train: bool):
+    def __init__(self, angles: torch.Tensor | None, block_size: int, train: bool, layers: int):
         super().__init__()
-        self.block_size = block_size
+        self.block_size, self.layers = block_size, layers
         self.angles = None if angles is None else nn.Parameter(angles.float(), requires_grad=train)
         self._seen = self._rotated = None
+        self._left = 0  # layers that have not asked for it yet
 
     def turn(self) -> Turn:
         """The rotation at the angles that the checkpoint would hold now."""
         return Turn(as_stored(self.angles, torch.float16), self.block_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Q x in bfloat16, x [..., K]."""
+        """Q x in bfloat16, x [..., K]; called once by every layer that shares the input."""
         if self._seen is not x:
             rotated = x.bfloat16()
             if self.angles is not None:
                 rotated = self.turn().forward(rotated.flatten(0, -2)).view(x.shape)
-            self._seen, self._rotated = x, rotated
-        return self._rotated
+            self._seen, self._rotated, self._left = x, rotated, self.layers
+        rotated, self._left = self._rotated, self._left - 1
+        if not self._left:  # do not hold what the backward pass may be about to free
+            self._seen = self._rotated = None
+        return rotated
 
 
 class _Product(torch.autograd.Function):
-    """x W′ᵀ with W′ = s·(q − z); positions that are no codes yet are rounded, and get the gradient of the code."""
+    """x W′ᵀ with W′ = s·(q − z).
+
+    Codes are packed, int32 [N, K·bits/32], or positions, float32 [N, groups, group], which are rounded and get the
+    gradient of the code.
+    """
 
     @staticmethod
     def forward(ctx, x, codes, scales, zeros, bits):
@@ -70,6 +81,8 @@ class _Product(torch.autograd.Function):
     def _weight(codes, scales, zeros, bits, dtype):
         if codes.is_floating_point():
             codes = codes.round().clamp_(0, 2**bits - 1)
+        else:
+            codes = unpack(codes, bits).view(*scales.shape, -1)
         return levels(codes, scales, zeros, bits).flatten(-2).to(dtype)
 
     @staticmethod
@@ -78,10 +91,10 @@ class _Product(torch.autograd.Function):
         if weight is None:
             weight = _Product._weight(codes, scales, zeros, ctx.bits, x.dtype)
         by_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        by_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).view(codes.shape)
+        by_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).view(*scales.shape, -1)
         by_code = by_weight * scales.unsqueeze(-1) if ctx.needs_input_grad[1] else None
         # q − z is W′/s; where s is 0 so is everything
-        by_scale = (by_weight * weight.view(codes.shape)).sum(-1, dtype=torch.float32) / scales.clamp(min=1e-12)
+        by_scale = (by_weight * weight.view_as(by_weight)).sum(-1, dtype=torch.float32) / scales.clamp(min=1e-12)
         by_zero = None if zeros is None else -by_weight.sum(-1, dtype=torch.float32) * scales
         return by_x, by_code, by_scale, by_zero, None
 
@@ -115,10 +128,10 @@ class QuantizedLinear(nn.Module):
         self.factor = nn.Parameter(torch.ones_like(scales))
         self.zeros = nn.Parameter(tensors["zeros"].float()) if "zeros" in tensors else None
         self.bias = bias
-        codes = unpack(tensors["qweight"], bits).unflatten(-1, (scales.shape[1], -1))
         if weight is None:
-            self.register_buffer("codes", codes)
+            self.register_buffer("codes", tensors["qweight"])
         else:
+            codes = unpack(tensors["qweight"], bits).view(*scales.shape, -1)
             self.codes = nn.Parameter(self._start(codes, weight))
 
     @torch.no_grad()
@@ -138,10 +151,10 @@ class QuantizedLinear(nn.Module):
 
     def stored(self) -> dict[str, torch.Tensor]:
         """Codes, scales and zeros as the checkpoint holds them."""
-        codes = self.codes.detach()
-        if codes.is_floating_point():
-            codes = codes.round().clamp(0, 2**self.bits - 1).to(torch.uint8)
-        kept = {"qweight": pack(codes.flatten(1), self.bits), "scales": (self.base * self.factor).detach().half()}
+        packed = self.codes.detach()
+        if packed.is_floating_point():
+            packed = pack(packed.round().clamp(0, 2**self.bits - 1).to(torch.uint8).flatten(1), self.bits)
+        kept = {"qweight": packed, "scales": (self.base * self.factor).detach().half()}
         return kept | ({} if self.zeros is None else {"zeros": self.zeros.detach().half()})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -192,7 +205,7 @@ class Trainable:
                 angles = packed.get(f"{prefix}{first}.angles")
             elif kind == "hadamard":
                 angles = hadamard_angles(self.source.linear(block, first).in_features, block_size)
-            rotation = Rotation(angles, block_size, train=kind == "butterfly").to(self.source.device)
+            rotation = Rotation(angles, block_size, kind == "butterfly", len(group.layers)).to(self.source.device)
             self.rotations[prefix + first] = rotation
             for name in group.layers:
                 linear = self.source.linear(block, name)
@@ -212,6 +225,11 @@ class Trainable:
                 dtype = self.source.store.get(f"{prefix}{name}.weight").dtype
                 self.norms[prefix + name] = _Norm(norm, dtype)
                 module.set_submodule(name, self.norms[prefix + name])
+
+    def hold(self) -> None:
+        """Keep the positions of all codes in range."""
+        for layer in self.layers.values():
+            layer.hold()
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """What is trained, by kind."""
@@ -258,7 +276,10 @@ class Student(Trainable):
         self.model.load_state_dict(kept, assign=True, strict=False)
         self.model.tie_weights()
         self.model.requires_grad_(False)
-        for index, block in enumerate(self.model.model.layers):
+        blocks, names = self.model.model.layers, [name for group in source.groups for name in group.layers]
+        if sum(source.linear(blocks[0], name).weight.numel() for name in names) >= RECOMPUTE_FROM:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for index, block in enumerate(blocks):
             self.replace_linears(block, index, packed)
         self.replace_norms(self.model, "")
         self.model.to(source.device).train()

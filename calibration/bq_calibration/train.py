@@ -25,6 +25,11 @@ def sample(position: int, samples: int, seed: int) -> int:
     return int(torch.randperm(samples, generator=generator)[place])
 
 
+def batch_of(step: int, batch: int, samples: int, seed: int) -> torch.Tensor:
+    """Samples that a step looks at, int64 [batch]."""
+    return torch.tensor([sample(step * batch + i, samples, seed) for i in range(batch)])
+
+
 def train(
     parameters: dict[str, list[nn.Parameter]],
     rates: dict[str, float],

@@ -31,14 +31,17 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of `pack`: int32 [..., W] words to uint8 [..., 32·W/bits] codes."""
+    mask = (1 << bits) - 1
+    if 32 % bits == 0:
+        shifts = torch.arange(0, 32, bits, device=packed.device, dtype=torch.int32)
+        return ((packed.unsqueeze(-1) >> shifts) & mask).flatten(-2).to(torch.uint8)
     columns = packed.shape[-1] * 32 // bits
     bit = torch.arange(columns, device=packed.device) * bits
     word, shift = bit // 32, bit % 32
-    codes = (packed[..., word] >> shift) & ((1 << bits) - 1)
-    if 32 % bits:  # some codes straddle two words
-        spill = shift + bits > 32
-        high = packed[..., (word + 1).clamp(max=packed.shape[-1] - 1)]
-        # an arithmetic right shift of the low word fills with the sign: keep only its own 32 − shift bits
-        low = codes & ((1 << (32 - shift).clamp(max=bits)) - 1)
-        codes = torch.where(spill, (low | (high << (32 - shift).clamp(max=31))) & ((1 << bits) - 1), codes)
+    codes = (packed[..., word] >> shift) & mask
+    high = packed[..., (word + 1).clamp(max=packed.shape[-1] - 1)]
+    # an arithmetic right shift of the low word fills with the sign: keep only its own 32 − shift bits
+    low = codes & ((1 << (32 - shift).clamp(max=bits)) - 1)
+    straddling = (low | (high << (32 - shift).clamp(max=31))) & mask
+    codes = torch.where(shift + bits > 32, straddling, codes)
     return codes.to(torch.uint8)

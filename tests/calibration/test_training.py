@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from bq_calibration import calibrate as calibrate_module
 from bq_calibration import distill as distill_module
+from bq_calibration import student as student_module
 from bq_calibration import train as train_module
 from bq_calibration.calibrate import Calibration
 from bq_calibration.checkpoint import read_config, verify
@@ -19,7 +20,7 @@ from bq_calibration.recipes import make_recipe
 from bq_calibration.reconstruct import reconstruct
 from bq_calibration.student import MARGIN, Student, _Product
 from bq_calibration.train import sample
-from bq_kernels.packing import unpack
+from bq_kernels.packing import pack, unpack
 from bq_kernels.reference import levels
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
@@ -53,15 +54,16 @@ def kl(wanted: torch.Tensor, found: torch.Tensor) -> float:
 @pytest.mark.parametrize("train_codes", [False, True])
 @pytest.mark.parametrize("with_zeros", [False, True])
 def test_gradients_of_the_packed_product(train_codes, with_zeros):
-    x, scales = torch.randn(5, 24, requires_grad=True), (torch.rand(6, 3) + 0.1).requires_grad_()
+    x, scales = torch.randn(5, 48, requires_grad=True), (torch.rand(6, 3) + 0.1).requires_grad_()
     zeros = torch.rand(6, 3, requires_grad=True) if with_zeros else None
-    position = torch.rand(6, 3, 8) * 4 - 0.5
-    codes = position.requires_grad_() if train_codes else position.round().clamp(0, 3).to(torch.uint8)
+    position = torch.rand(6, 3, 16) * 4 - 0.5
+    hard = position.round().clamp(0, 3)
+    codes = position.requires_grad_() if train_codes else pack(hard.to(torch.uint8).flatten(1), 2)
     inputs = [t for t in (x, codes, scales, zeros) if t is not None and t.requires_grad]
     target = torch.randn(5, 6)
     got = torch.autograd.grad((_Product.apply(x, codes, scales, zeros, 2) * target).sum(), inputs)
     # straight through: the gradient of a position is that of its code
-    hard = position.detach().round().clamp(0, 3).requires_grad_()
+    hard.requires_grad_()
     weight = levels(hard, scales, zeros, 2).flatten(-2)
     inputs = [hard if t is codes else t for t in inputs]
     want = torch.autograd.grad((x @ weight.T * target).sum(), inputs)
@@ -157,6 +159,17 @@ def test_student_is_what_the_checkpoint_says(model, text, tmp_path):
             assert torch.equal(tensor, stored.get(name)), name
 
 
+def test_large_blocks_compute_activations_twice_to_the_same_bytes(model, text, tmp_path, monkeypatch):
+    kept = run(model, tmp_path / "kept", text, distill=3)
+    again = []
+    with monkeypatch.context() as patch:
+        patch.setattr(student_module, "RECOMPUTE_FROM", 1)
+        patch.setattr(Student, "hold", lambda student: again.append(student.model.is_gradient_checkpointing))
+        recomputed = run(model, tmp_path / "recomputed", text, distill=3)
+    assert again == [True] * 3
+    assert (kept / "model.safetensors").read_bytes() == (recomputed / "model.safetensors").read_bytes()
+
+
 def test_codes_start_at_the_weight_but_round_to_what_was_chosen(model, text, tmp_path):
     out = run(model, tmp_path / "out", text)
     source = SourceModel(str(model), torch.device("cpu"))
@@ -197,7 +210,7 @@ def test_resumed_training_gives_the_same_bytes(stage, stop_after, model, text, t
         return sample(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill_module, "sample", interrupted)
+        patch.setattr(train_module, "sample", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", text, **settings)
     resumed = run(model, tmp_path / "out", text, resume=True, **settings)
