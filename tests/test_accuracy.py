@@ -1,4 +1,6 @@
-"""Peers of the accuracy table on a tiny model: on their levels, and better than rounding to nearest; and the table."""
+"""Peers of the accuracy table on a tiny model: on their levels, and better than rounding to nearest; the table; and the
+ablations.
+"""
 
 import importlib.util
 import json
@@ -11,7 +13,7 @@ import pytest
 import torch
 from bq_calibration.quantize import round_nearest
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -28,6 +30,7 @@ def load(script: str):
 
 
 accuracy, packages, ours = map(load, ("accuracy.py", "peers/packages.py", "peers/ours.py"))
+ablations = load("ablations.py")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,7 @@ def model(tmp_path_factory) -> Path:
     network.save_pretrained(folder)
     vocabulary = {f"t{n}": n for n in range(64)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(folder)
     return folder
 
@@ -192,3 +196,37 @@ def test_table_from_what_is_there(tmp_path, capsys):
     assert (tmp_path / "table.png").stat().st_size > 0
     with pytest.raises(accuracy.typer.BadParameter):  # other tokens than those of the rows that are there
         accuracy.main(Path("a-model"), dataset="wikitext2", out=out)
+
+
+def test_ablations(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"t{n}" for n in torch.randint(1, 64, (1500,)).tolist()))
+    groups = ["start", "any orthogonal matrix"]
+    settings = dict(
+        bits=BITS, group_size=GROUP, rotation_block=32, dataset=str(text), samples=16, held_out=8, seqlen=32
+    )
+
+    def run(json_file: str) -> dict:
+        file = tmp_path / json_file
+        ablations.main(model, **settings, blocks="1", steps=12, only=groups, out=tmp_path / "out", as_json=file)
+        assert file.with_suffix(".png").exists()
+        return json.loads(file.read_text())["groups"]
+
+    found = run("first.json")
+    assert [[line["value"] for line in found[name]] for name in groups] == [
+        ["identity", "hadamard", "random"],
+        ["butterfly, Adam", "matrix, Cayley SGD"],
+    ]
+    for line in found[groups[0]] + found[groups[1]]:
+        assert len(line["errors"]) == 4 and 0 < line["summary"]["error"] < 1
+        assert line["curve"][-1] < line["curve"][0]  # all of them learn
+    assert run("again.json") == found  # from what is kept, times and all
+    with pytest.raises(ablations.typer.BadParameter):
+        ablations.main(model, **settings | {"samples": 8}, out=tmp_path / "out")
+
+
+def test_any_matrix_is_a_rotation():
+    matrices = torch.linalg.qr(torch.randn(3, 8, 8)).Q
+    turn, x = ablations.MatrixTurn(matrices), torch.randn(5, 24)
+    torch.testing.assert_close(turn.forward(x), x @ torch.block_diag(*matrices).T)
+    torch.testing.assert_close(turn.back(turn.forward(x)), x)
