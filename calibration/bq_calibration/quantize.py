@@ -11,6 +11,7 @@ from bq_kernels.reference import levels
 DAMPING = 0.01  # share of the mean diagonal added to a Hessian before it is factored (GPTQ's percdamp)
 _CLIP_GRID = [0.30 + 0.05 * n for n in range(15)]
 _ZERO_SHIFTS = (-0.5, -0.25, 0.0, 0.25, 0.5)
+_MOST_FLOATS = 2**28  # in memory at a time while scales are solved for
 _SMALLEST = 2.0**-24  # smallest positive float16: the scale of a group of zeros
 
 
@@ -194,6 +195,14 @@ def _descend_codes(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quan
 
 
 def _solve_scales(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quantized:
+    rows = max(1, _MOST_FLOATS // (q.scales.shape[1] * w.shape[1]))
+    starts = range(0, len(w), rows)
+    parts = [_solve_rows(q.rows(start, start + rows), w[start : start + rows], hessian) for start in starts]
+    zeros = None if q.zeros is None else torch.cat([part.zeros for part in parts])
+    return Quantized(q.codes, torch.cat([part.scales for part in parts]), zeros, q.bits)
+
+
+def _solve_rows(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quantized:
     (rows, columns), groups = w.shape, q.scales.shape[1]
     group, top = columns // groups, 2**q.bits - 1
     codes = q.codes.float().view(rows, groups, group)

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from bq_calibration import quantize
 from bq_calibration.quantize import output_error, refine, round_gptq, round_nearest, search_scale
 from bq_kernels.reference import dequantize
 
@@ -80,3 +81,15 @@ def test_refining_lowers_the_output_error(bits, zero_point):
     assert errors[1] < 0.97 * errors[0]
     # each further sweep may lose no more than float16 scales round away
     assert all(after <= before * 1.002 for before, after in itertools.pairwise(errors[1:]))
+
+
+@pytest.mark.parametrize("zero_point", ["midrise", "float"])
+def test_scales_are_solved_a_few_rows_at_a_time(zero_point, monkeypatch):
+    w, x = torch.randn(7, 64), correlated_inputs(500, 64)
+    hessian = x.T @ x / len(x)
+    rounded = round_gptq(w, hessian, 2, 32, zero_point)
+    whole = refine(rounded, w, hessian, 1)
+    monkeypatch.setattr(quantize, "_MOST_FLOATS", 3 * 2 * 64)  # three rows, of two groups
+    parts = refine(rounded, w, hessian, 1)
+    assert torch.equal(parts.codes, whole.codes)
+    torch.testing.assert_close(parts.weight(), whole.weight(), rtol=2e-3, atol=0)  # scales to a unit of float16
