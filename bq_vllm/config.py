@@ -127,7 +127,7 @@ class ButterflyConfig(QuantizationConfig):
                 f"{[part for part, skip in zip(parts, skipped, strict=True) if skip]}; hold all of them or none"
             )
         rotation = self.quant.rotation
-        if rotation.kind != "none" and len({rotation.block(module) for module in modules}) > 1:
+        if len({rotation.block(module) for module in modules}) > 1:
             blocks = {part: rotation.block(module) for part, module in zip(parts, modules, strict=True)}
             raise FormatError(f"{prefix}: vLLM fuses layers that share an input, so their rotation blocks: {blocks}")
         bits = {part: self.quant.bits_of(module) for part, module in zip(parts, modules, strict=True)}

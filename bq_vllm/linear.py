@@ -55,8 +55,7 @@ def check_shard(module: str, config: QuantConfig, in_features: int, shard: int) 
     Raises:
         FormatError: naming the layer, the tensor-parallel size and the largest one that works.
     """
-    rotation = config.rotation
-    block = rotation.block(module) if rotation.kind != "none" else 1
+    block = config.rotation.block(module)
     # one group a row means one scale for all columns: any shard of them may keep it
     group = GROUP_MULTIPLE if config.group_size == PER_CHANNEL else config.group_size
     unit = math.lcm(GROUP_MULTIPLE, group, block)
@@ -144,7 +143,7 @@ class ButterflyLinearMethod(LinearMethodBase):
 
     def __init__(self, config: QuantConfig, modules: list[str]) -> None:
         self.config, self.modules, self.bits = config, modules, config.bits_of(modules[0])
-        self.block_size = config.rotation.block(modules[0]) if config.rotation.kind != "none" else 0
+        self.rotates, self.block_size = config.rotation.kind != "none", config.rotation.block(modules[0])
         self.backend = select_backend()
         self.dense = UnquantizedLinearMethod() if self.backend == "dense" else None
 
@@ -210,19 +209,18 @@ class ButterflyLinearMethod(LinearMethodBase):
             raise FormatError(
                 f"{tensors.modules[i]}.{suffix}: missing from the checkpoint; expected {spec.dtype} {list(spec.shape)}"
             )
-        angles = None
-        if self.config.rotation.kind == "hadamard":
-            angles = reference.hadamard_angles(self._columns(layer), self.block_size, layer.qweight.device)
-        elif self.config.rotation.kind == "butterfly":
-            angles = layer.angles.data[0]
+        stored = None
+        if self.config.rotation.kind == "butterfly":
+            stored = layer.angles.data[0]
             for module, copy in zip(tensors.modules, layer.angles.data, strict=True):
-                if tensors.loaded and not torch.equal(copy, angles):
+                if tensors.loaded and not torch.equal(copy, stored):
                     raise FormatError(
                         f"{tensors.modules[0]}.angles and {module}.angles differ, but layers that share an input "
                         "share their rotation"
                     )
         tensors.loaded.clear()
-        return angles
+        columns, device = self._columns(layer), layer.qweight.device
+        return reference.angles_of(self.config.rotation.kind, stored, columns, self.block_size, device)
 
     def _columns(self, layer: torch.nn.Module) -> int:
         return layer.qweight.shape[1] * 32 // self.bits
@@ -263,10 +261,10 @@ class ButterflyLinearMethod(LinearMethodBase):
         if self.backend == "dense":
             return self.dense.apply(layer, x, bias)
         weights = layer.qweight, layer.scales, getattr(layer, "zeros", None)
-        tables = (layer.cos_sin, layer.mix) if self.block_size else (None, None)
+        tables = (layer.cos_sin, layer.mix) if self.rotates else (None, None)
         if self.backend == "triton":
             return ops.packed_linear(x, *weights, bias, layer.packed_rows, *tables)
-        if self.block_size:
+        if self.rotates:
             x = reference.apply_rotation(x, *tables)
         return reference.packed_linear(x, *weights, bias)
 

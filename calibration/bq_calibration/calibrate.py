@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from bq_kernels.format import FormatError, QuantConfig
-from bq_kernels.reference import dense_weight, hadamard_angles, rotate
+from bq_kernels.reference import angles_of, dense_weight, hadamard_angles, rotate
 from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import nn
@@ -387,7 +387,7 @@ class Calibration:
     ) -> tuple[Quantized, torch.Tensor | None, dict[str, Any]]:
         recipe, features = self.recipe, weight.shape[1]
         kind = self.config.rotation.kind
-        block_size = self.config.rotation.block(group.layers[0]) if kind != "none" else 1
+        block_size = self.config.rotation.block(group.layers[0])
         hadamard = hadamard_angles(features, block_size, self.device)
         losses: list[float] = []
         rotations: dict[str, torch.Tensor | None] = {"none": None, "hadamard": hadamard}
@@ -448,12 +448,8 @@ class Calibration:
             for name in group.layers:
                 layer = self.source.linear(block, name)
                 stored = self.source.block_prefix(index) + name + "."
-                block_size, angles = 1, None
-                if self.config.rotation.kind != "none":
-                    block_size = self.config.rotation.block(name)
-                    angles = tensors.get(stored + "angles")
-                    if angles is None:
-                        angles = hadamard_angles(layer.in_features, block_size)
+                rotation, block_size = self.config.rotation, self.config.rotation.block(name)
+                angles = angles_of(rotation.kind, tensors.get(stored + "angles"), layer.in_features, block_size)
                 weight = dense_weight(
                     tensors[stored + "qweight"],
                     tensors[stored + "scales"],

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from bq_kernels import ops
 from bq_kernels.format import QUANT_METHOD, QuantConfig
-from bq_kernels.reference import apply_rotation, dense_weight, givens_tables, hadamard_angles, packed_linear
+from bq_kernels.reference import angles_of, apply_rotation, dense_weight, givens_tables, packed_linear
 from bq_kernels.tiles import tile
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -39,7 +39,7 @@ class ButterflyLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.kind = config.rotation.kind
-        self.block_size = config.rotation.block(name) if self.kind != "none" else 1
+        self.block_size = config.rotation.block(name)
         self.zeros = self.angles = None
         for suffix, spec in config.tensors(name, self.in_features, self.out_features).items():
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
@@ -50,9 +50,7 @@ class ButterflyLinear(nn.Module):
         self._tiled: tuple[torch.Tensor | None, ...] = ()
 
     def _all_angles(self) -> torch.Tensor | None:
-        if self.kind == "hadamard":
-            return hadamard_angles(self.in_features, self.block_size, self.qweight.device)
-        return self.angles
+        return angles_of(self.kind, self.angles, self.in_features, self.block_size, self.qweight.device)
 
     def _prepare(self, device: torch.device) -> None:
         if self.kind != "none":

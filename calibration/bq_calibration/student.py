@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from bq_kernels.format import QuantConfig
 from bq_kernels.packing import pack, unpack
-from bq_kernels.reference import hadamard_angles, levels
+from bq_kernels.reference import angles_of, levels
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -198,13 +198,10 @@ class Trainable:
         """Put trainable quantized layers in place of a block's linear ones; `packed` are tensors of the checkpoint."""
         kind, prefix = self.config.rotation.kind, self.source.block_prefix(index)
         for group in self.source.groups:
-            first, block_size, angles = group.layers[0], 1, None
-            if kind != "none":
-                block_size = self.config.rotation.block(first)
-            if kind == "butterfly":
-                angles = packed.get(f"{prefix}{first}.angles")
-            elif kind == "hadamard":
-                angles = hadamard_angles(self.source.linear(block, first).in_features, block_size)
+            first, features = group.layers[0], self.source.linear(block, group.layers[0]).in_features
+            block_size = self.config.rotation.block(first)
+            stored = packed.get(f"{prefix}{first}.angles") if kind == "butterfly" else None
+            angles = angles_of(kind, stored, features, block_size)
             rotation = Rotation(angles, block_size, kind == "butterfly", len(group.layers)).to(self.source.device)
             self.rotations[prefix + first] = rotation
             for name in group.layers:

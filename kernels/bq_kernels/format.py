@@ -90,7 +90,9 @@ class RotationConfig:
             split_block(size)
 
     def block(self, module: str) -> int:
-        """Block size for a module, by the last part of its (dotted) name."""
+        """Block size for a module, by the last part of its (dotted) name; 1 without rotation."""
+        if self.kind == "none":
+            return 1
         return self.block_size.get(module.rsplit(".", 1)[-1], self.block_size["default"])
 
     @classmethod
@@ -227,12 +229,9 @@ class QuantConfig:
         }
         if self.zero_point == "float":
             specs["zeros"] = TensorSpec(groups, torch.float16)
-        if self.rotation.kind != "none":
-            block = self.rotation.block(module)
-            if in_features % block:
-                raise FormatError(
-                    f"{module}: rotation block size {block} does not divide its {in_features} input features"
-                )
-            if self.rotation.kind == "butterfly":
-                specs["angles"] = TensorSpec((in_features // block, num_angles(block)), torch.float16)
+        block = self.rotation.block(module)
+        if in_features % block:
+            raise FormatError(f"{module}: rotation block size {block} does not divide its {in_features} input features")
+        if self.rotation.kind == "butterfly":
+            specs["angles"] = TensorSpec((in_features // block, num_angles(block)), torch.float16)
         return specs

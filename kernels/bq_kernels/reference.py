@@ -26,6 +26,21 @@ def hadamard_angles(features: int, block_size: int, device: torch.device | str |
     return angles
 
 
+def angles_of(
+    kind: str, stored: torch.Tensor | None, features: int, block_size: int, device: torch.device | str | None = None
+) -> torch.Tensor | None:
+    """Angles of a layer's rotation by its kind: those stored, or a Hadamard transform's, which nothing stores.
+
+    Args:
+        kind: `butterfly`, `hadamard` or `none`.
+        stored: the layer's `angles`, [features/block_size, num_angles(block_size)], or None.
+
+    Returns:
+        `stored`; or float32 of the same shape; or None without rotation.
+    """
+    return hadamard_angles(features, block_size, device) if kind == "hadamard" else stored
+
+
 def givens_tables(angles: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Angles in the form in which a rotation is applied: cosines, sines, and one m×m matrix across the runs.
 
