@@ -1,7 +1,8 @@
 """Accuracy of a model at a few bits by method: same model, calibration tokens and group size, all bits counted.
 
     python benchmarks/accuracy.py MODEL [--bits 2 --bits 3] [--dataset c4] [--perplexity wikitext2 --perplexity c4]
-        [--tasks hellaswag,piqa [--limit 500]] [--only AWQ] [--peers-python PATH] [--out build/accuracy] [--json FILE]
+        [--tasks hellaswag,piqa [--limit 500]] [--seed 0 --seed 1] [--only AWQ] [--peers-python PATH]
+        [--out build/accuracy] [--json FILE]
 
 A row is one command that writes a checkpoint and one `bq-eval` for every data set and task. What OUT already holds is
 used again, so an interrupted run goes on where it stopped. A row whose command fails is left out, with the reason; its
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -131,16 +133,16 @@ class Bench:
     limits: dict[str, int | None]
     peers_python: Path
 
-    def calibrate(self, row: Row, bits: int) -> Path:
+    def calibrate(self, row: Row, bits: int, seed: int) -> Path:
         """The folder of the row's checkpoint, made if it is not there.
 
         Raises:
             LeftOut: if the program fails.
         """
-        checkpoint = self.out / str(bits) / row.slug
+        checkpoint = self.out / str(bits) / f"{row.slug}.seed{seed}"
         if checkpoint.exists():
             return checkpoint
-        tokens = self.out / "tokens.safetensors"
+        tokens = self.out / f"tokens.seed{seed}.safetensors"
         arguments = [
             *row.arguments.split(),
             self.model,
@@ -152,11 +154,11 @@ class Bench:
             self.group_size,
         ]
         data = ["--dataset", self.dataset, "--samples", self.samples, "--seqlen", self.seqlen]
-        data += ["--train-samples", self.train_samples]
-        log = checkpoint.with_name(row.slug + ".log")
+        data += ["--train-samples", self.train_samples, "--seed", seed]
+        log = checkpoint.with_name(checkpoint.name + ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         if row.program == CALIBRATE:
-            resume = ["--resume"] if checkpoint.with_name(row.slug + ".partial").exists() else []
+            resume = ["--resume"] if checkpoint.with_name(checkpoint.name + ".partial").exists() else []
             run([BIN / CALIBRATE, *arguments, *data, *resume], log)
             return checkpoint
         if not tokens.exists():
@@ -192,13 +194,13 @@ class Bench:
             run([BIN / "bq-eval", checkpoint, *flags, "--json", kept], kept.with_suffix(".log"))
         return json.loads(kept.read_text())
 
-    def measure(self, row: Row, bits: int) -> dict[str, Any]:
-        """Everything that the table says of a row.
+    def measure(self, row: Row, bits: int, seed: int) -> dict[str, Any]:
+        """Everything that the table says of a row with one seed, of its tokens and of whatever else it draws.
 
         Raises:
             LeftOut: if a command fails.
         """
-        checkpoint = self.calibrate(row, bits)
+        checkpoint = self.calibrate(row, bits, seed)
         facts = next(file for file in (checkpoint / "bq_report.json", checkpoint / "peer.json") if file.exists())
         report = json.loads(facts.read_text())
         label = f"{row.label} ({report['name']})" if row.program == PACKAGES else row.label
@@ -208,8 +210,24 @@ class Bench:
             "command": f"{row.program} {row.arguments}",
             "bits_per_weight": report["totals"]["bits_per_weight"],
             "calibration_tokens": report["calibration_tokens"],
+            "seed": seed,
             "run": report["run"],
         } | self.score(checkpoint, checkpoint)
+
+
+def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of several seeds: means, and for perplexities the standard deviation over seeds as `spread`."""
+    row = runs[0] | {"perplexity": {}, "tasks": {}, "seeds": runs}
+    for dataset, found in runs[0]["perplexity"].items():
+        values = [run["perplexity"][dataset]["value"] for run in runs]
+        row["perplexity"][dataset] = found | {"value": statistics.mean(values)}
+        if len(values) > 1:
+            row["perplexity"][dataset]["spread"] = statistics.stdev(values)
+    for task, found in runs[0]["tasks"].items():
+        row["tasks"][task] = found | {
+            name: statistics.mean(run["tasks"][task][name] for run in runs) for name in ("value", "stderr")
+        }
+    return row
 
 
 def mean_accuracy(tasks: dict[str, dict[str, float]]) -> tuple[float, float]:
@@ -233,7 +251,9 @@ def table_of(full: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
     for row in [full, *rows]:
         cells = [row["method"], f"{row.get('bits_per_weight', 16):.3f}"]
         for dataset, found in row["perplexity"].items():
-            cells += [f"{found['value']:.2f}", f"{found['value'] / full['perplexity'][dataset]['value']:.2f}"]
+            spread = f" ± {found['spread']:.2f}" if "spread" in found else ""
+            times = found["value"] / full["perplexity"][dataset]["value"]
+            cells += [f"{found['value']:.2f}{spread}", f"{times:.2f}"]
         cells += [f"{task['value']:.4f} ± {task['stderr']:.4f}" for task in row["tasks"].values()]
         cells += ["{:.4f} ± {:.4f}".format(*mean_accuracy(row["tasks"]))] if row["tasks"] else []
         if made := row.get("run"):
@@ -282,6 +302,7 @@ def main(
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
     include_path: Annotated[Path | None, typer.Option(help="Folder of further lm-eval task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first documents of each task.")] = None,
+    seed: Annotated[list[int], typer.Option(help="Of tokens and methods; several give mean and spread.")] = [0],  # noqa: B006
     only: Annotated[list[str], typer.Option(help="Rows whose name starts so; may be given several times.")] = [],  # noqa: B006
     peers_python: Annotated[Path, typer.Option(help="Interpreter that has the real packages.")] = Path(sys.executable),
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and scores.")] = Path("build/accuracy"),
@@ -329,11 +350,16 @@ def main(
         for row in ROWS:
             if only and not row.label.startswith(tuple(only)):
                 continue
-            try:
-                rows.append(bench.measure(row, width))
-                console.print(f"{width} bits, {row.label}: done", highlight=False)
-            except LeftOut as reason:
-                left_out[f"{width} bits, {row.label}"] = str(reason)
+            runs = []
+            for one in seed:
+                name = f"{width} bits, {row.label}, seed {one}"
+                try:
+                    runs.append(bench.measure(row, width, one))
+                    console.print(f"{name}: done", highlight=False)
+                except LeftOut as reason:
+                    left_out[name] = str(reason)
+            if runs:
+                rows.append(merged(runs))
     console.print(table_of(full, rows))
     for label, reason in left_out.items():
         console.print(f"left out: {label}: {reason}", markup=False, highlight=False, soft_wrap=True)

@@ -157,10 +157,11 @@ def test_packages(model, tokens, tmp_path, arguments):
 
 def test_table_from_what_is_there(tmp_path, capsys):
     out = tmp_path / "out"
-    perplexities = {"16-bit": 20.0, "RTN (ours)": 4000.0, "butterfly `fast`": 60.0}
-    for label, value in perplexities.items():
+    perplexities = {("16-bit", 0): 20.0, ("RTN (ours)", 1): 4000.0}
+    perplexities |= {("butterfly `fast`", 0): 60.0, ("butterfly `fast`", 1): 64.0}
+    for (label, seed), value in perplexities.items():
         slug = accuracy.Row(label, "", "").slug
-        checkpoint = out / ("16-bit" if label == "16-bit" else f"3/{slug}")
+        checkpoint = out / ("16-bit" if label == "16-bit" else f"3/{slug}.seed{seed}")
         checkpoint.mkdir(parents=True)
         run = {"wall_seconds": 12.0, "resumed": False, "peak_memory_bytes": 2e9}
         report = {"totals": {"bits_per_weight": 3.25}, "calibration_tokens": 64, "run": run}
@@ -171,7 +172,8 @@ def test_table_from_what_is_there(tmp_path, capsys):
         for task in ("one", "two"):
             score = {"tasks": {task: {"metric": "acc", "value": 0.5, "stderr": 0.03}}}
             checkpoint.with_name(f"{checkpoint.name}.{task}.all.json").write_text(json.dumps(score))
-    (out / "tokens.safetensors").touch()
+    for seed in (0, 1):
+        (out / f"tokens.seed{seed}.safetensors").touch()
     accuracy.main(
         Path("a-model"),
         bits=[3],
@@ -180,18 +182,23 @@ def test_table_from_what_is_there(tmp_path, capsys):
         context=128,
         windows=3,
         tasks="one,two",
-        only=["RTN (ours)", "butterfly `fast`", "AutoRound, sym"],
+        seed=[0, 1],
+        only=["RTN, min-max", "RTN (ours)", "butterfly `fast`", "AutoRound, sym"],
         peers_python=tmp_path / "no-python",
         out=out,
         as_json=tmp_path / "table.json",
     )
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "table.json").read_text())
-    assert [row["method"] for row in result["rows"]] == list(perplexities)
-    assert result["rows"][2]["perplexity"]["c4/eval.jsonl"]["value"] == 120
-    assert list(result["left_out"]) == ["3 bits, AutoRound, symmetric"]
-    assert "no-python" in result["left_out"]["3 bits, AutoRound, symmetric"]
-    assert "left out: 3 bits, AutoRound, symmetric" in printed and "3.250" in printed
+    assert [row["method"] for row in result["rows"]] == ["16-bit", "RTN (ours)", "butterfly `fast`"]
+    fast = result["rows"][2]["perplexity"]["c4/eval.jsonl"]
+    assert (fast["value"], fast["spread"]) == (124, pytest.approx(8 / 2**0.5))
+    assert "62.00 ±" in printed and "2.83" in printed and "4000.00 " in printed and "4000.00 ±" not in printed
+    assert [one["seed"] for one in result["rows"][2]["seeds"]] == [0, 1]
+    left_out = [f"3 bits, {row}, seed {seed}" for row in ("RTN, min-max", "AutoRound, symmetric") for seed in (0, 1)]
+    assert [name for name in result["left_out"] if "RTN (ours)" not in name] == left_out
+    assert all("no-python" in result["left_out"][name] for name in left_out)
+    assert "left out: 3 bits, AutoRound, symmetric, seed 1" in printed and "3.250" in printed
     assert accuracy.mean_accuracy(result["rows"][1]["tasks"]) == pytest.approx((0.5, 0.03 / 2**0.5))
     assert (tmp_path / "table.png").stat().st_size > 0
     with pytest.raises(accuracy.typer.BadParameter):  # other tokens than those of the rows that are there
