@@ -68,7 +68,7 @@ class Setting:
 STEPS = {f"{steps} steps": {"steps": steps} for steps in (500, 200, 100, 50, 0)}
 SIZES = {"full width": {"block_size": None}} | {f"blocks of {b}": {"block_size": b} for b in (192, 64, 32, 16)}
 HADAMARD = {"init": "hadamard"}
-# what is changed, and to what; the first line of a group is the paper's
+# what is changed, and to what; the goal of a group is what its first line reaches
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "start": {kind: {"init": kind} for kind in ("identity", "hadamard", "random")},
     "uniformity": {f"λ = {weight}": {"uniformity": weight} for weight in (0.1, 0.0, 1.0)},
@@ -351,7 +351,8 @@ def main(
         ]
     console.print(table_of(groups))
     as_json.parent.mkdir(parents=True, exist_ok=True)
-    as_json.write_text(json.dumps({"settings": shared | {"model": model.name}, "groups": groups}) + "\n")
+    result = {"settings": shared | {"model": model.name, "blocks": blocks}, "groups": groups}
+    as_json.write_text(json.dumps(result) + "\n")
     plot(groups, as_json.with_suffix(".png"))
 
 
