@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,19 +88,33 @@ def test_serving_with_interpreted_kernels(tmp_path):
 
 
 @pytest.fixture
-def serving(monkeypatch):
+def modules(monkeypatch):
+    """Imports modules of serving.py by what follows `serving`."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import serving
-
-    return serving
+    return lambda name: import_module(f"serving{name}")
 
 
-def test_dummy_weights(serving):
+@pytest.fixture
+def serving(modules):
+    return modules("")
+
+
+@pytest.fixture
+def engine(modules):
+    return modules("_engine")
+
+
+@pytest.fixture
+def tables(modules):
+    return modules("_tables")
+
+
+def test_dummy_weights(engine):
     model = torch.nn.Module()
     model.qweight = torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.int32).T, requires_grad=False)
     model.locks = torch.nn.Parameter(torch.zeros(64, dtype=torch.int32), requires_grad=False)
     model.scales = torch.nn.Parameter(torch.ones(64, dtype=torch.float16))
-    worker = serving.Weights()
+    worker = engine.Weights()
     worker.get_model = lambda: model
     worker.vllm_config = SimpleNamespace(load_config=SimpleNamespace(load_format="dummy"))
     assert worker.prepare_weights() == {"weights_gib": (64 * 64 * 4 + 64 * 4 + 64 * 2) / 2**30}
@@ -115,43 +130,43 @@ def events(category: str, *spans: tuple[str, float, float]) -> list[dict]:
     return steps + [{"name": name, "cat": category, "ts": start, "dur": end - start} for name, start, end in spans]
 
 
-def test_breakdown_of_a_step(serving):
+def test_breakdown_of_a_step(engine):
     kernels = [("_decode_kernel", 0, 10), ("_rotate_kernel", 8, 12), ("memcpy", 14, 16), ("flash_fwd", 16, 20)]
-    found = serving.breakdown(events("kernel", *kernels))
+    found = engine.breakdown(events("kernel", *kernels))
     # halves, of two steps; the overlap counts for the later kernel
     wanted = {"GEMM": 4, "rotation": 2, "gaps": 1, "other": 1, "attention": 2, "norms": 0, "step": 10}
     assert found == wanted
     operators = [("aten::linear", 0, 10), ("aten::copy_", 2, 4), ("bq::rotate", 6, 8), ("aten::add", 12, 20)]
-    found = serving.breakdown(events("cpu_op", *operators))
+    found = engine.breakdown(events("cpu_op", *operators))
     assert found == {"GEMM": 4, "rotation": 1, "gaps": 1, "other": 4, "attention": 0, "norms": 0, "step": 10}
     with pytest.raises(ValueError, match="0 steps"):
-        serving.breakdown([])
+        engine.breakdown([])
 
 
-def test_cause_is_the_root_cause(serving, tmp_path):
+def test_cause_is_the_root_cause(engine, tmp_path):
     log = tmp_path / "log"
     prefix = "(EngineCore pid=1) ERROR 01-02 03:04:05 [core.py:1]"
     log.write_text(
         f"{prefix} Traceback (most recent call last):\n{prefix} ValueError: no kernel. Reasons:\n{prefix} it is old\n"
         "RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
-    assert serving.cause(log, "it ended").startswith("ValueError: no kernel. Reasons: it is old")
+    assert engine.cause(log, "it ended").startswith("ValueError: no kernel. Reasons: it is old")
     log.write_text("nothing\n")
-    assert serving.cause(log, "it ended") == f"it ended ({log})"
+    assert engine.cause(log, "it ended") == f"it ended ({log})"
 
 
-def test_tables_compare_with_fp16(serving, tmp_path, capsys):
-    settings = serving.Settings(2, (32, 128), (512, 128), 256, ())
+def test_tables_compare_with_fp16(engine, tables, tmp_path, capsys):
+    settings = engine.Settings(2, (32, 128), (512, 128), 256, ())
     served = {"median_ttft_ms": 8.0, "median_tpot_ms": 2.0, "output_throughput": 500.0}
     rows = {
         "fp16": {"weights_gib": 12.5, "latency": {"1": [1.28, 1.28]}, "serve": {"8": [served]}},
         "ours": {"loading_gib": 2.5, "kv_tokens": 9e4, "latency": {"1": [0.32, 0.32]}, "serve": {"8": [served]}},
     }
-    serving.print_tables(rows, settings)
+    tables.print_tables(rows, settings)
     printed = capsys.readouterr().out
     assert "12.500" in printed and "2.500" in printed and "90,000" in printed
     assert "100 ±0%, 1.00×" in printed and "400 ±0%, 4.00×" in printed
-    serving.plot(rows, settings, tmp_path / "plot.png")
+    tables.plot(rows, settings, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
 
 

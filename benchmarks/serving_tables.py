@@ -1,0 +1,99 @@
+"""Tables and plot of what serving.py has measured."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from serving_engine import CATEGORIES, Settings, Task
+
+console = Console(width=180)
+
+
+def rate(row: dict, task: Task, settings: Settings) -> list[float]:
+    """Generated tokens a second of every run of a latency or throughput task; empty if it was not measured."""
+    kind, count = task
+    tokens = count * (settings.latency if kind == "latency" else settings.load)[1]
+    return [tokens / seconds for seconds in row.get(kind, {}).get(str(count), [])]
+
+
+def _cell(values: list[float], base: list[float]) -> str:
+    if not values:
+        return ""
+    median = statistics.median(values)
+    ratio = f", {median / statistics.median(base):.2f}×" if base else ""
+    return f"{median:,.0f} ±{(max(values) - min(values)) / 2 / median:.0%}{ratio}"
+
+
+def measured(rows: dict[str, dict], *kinds: str) -> list[Task]:
+    """Tasks of some kinds that a row has a result of."""
+    return [(kind, n) for kind in kinds for n in sorted({int(n) for row in rows.values() for n in row.get(kind, {})})]
+
+
+def print_tables(rows: dict[str, dict], settings: Settings) -> None:
+    """Print speeds (tokens a second: median, half the range, ratio to fp16), serving figures and profiles."""
+    base = rows.get("fp16", {})
+    speeds = measured(rows, "latency", "throughput")
+    titles = [f"batch {count}" if kind == "latency" else kind for kind, count in speeds]
+    table = Table("row", "weights, GiB", "room for KV, tokens", *titles, title="tokens/s")
+    for name, row in rows.items():
+        cells = (_cell(rate(row, task, settings), rate(base, task, settings)) for task in speeds)
+        # vLLM's CPU build keeps repacked weights where no parameter shows them, and says nothing of memory
+        weights, room = row.get("loading_gib", row.get("weights_gib", math.nan)), row.get("kv_tokens", math.nan)
+        table.add_row(name, f"{weights:.3f}", f"{room:,.0f}", *cells)
+    console.print(table)
+    for name, row in rows.items():
+        if "kernel" in row:
+            console.print(f"{name}: {row['kernel']}")
+
+    columns = ("TTFT, ms", "TPOT, ms", "tokens/s")
+    table = Table("clients", "row", *columns, title="serving: median ± half the range, × fp16")
+    for kind, count in measured(rows, "serve"):
+        for name, row in rows.items():
+            mine, other = (r.get(kind, {}).get(str(count), []) for r in (row, base))
+            keys = ("median_ttft_ms", "median_tpot_ms", "output_throughput")
+            if mine:
+                cells = (_cell([run[key] for run in mine], [run[key] for run in other]) for key in keys)
+                table.add_row(str(count), name, *cells)
+    if table.row_count:
+        console.print(table)
+
+    table = Table("batch", "row", *CATEGORIES, "other", "gaps", "step", title="a decode step, µs")
+    for name, row in rows.items():
+        for count, parts in row.get("profile", {}).items():
+            cells = (f"{parts[key]:.0f} ({parts[key] / parts['step']:.0%})" for key in list(parts)[:-1])
+            table.add_row(count, name, *cells, f"{parts['step']:.0f}")
+    if table.row_count:
+        console.print(table)
+
+
+def plot(rows: dict[str, dict], settings: Settings, path: Path) -> None:
+    """Speeds relative to fp16, and tokens a second against clients."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (bars, lines) = plt.subplots(1, 2, figsize=(14, 5))
+    speeds = measured({name: row for name, row in rows.items() if name == "fp16"}, "latency", "throughput")
+    for i, (name, row) in enumerate(rows.items()):
+        heights = []
+        for task in speeds:
+            values, base = (rate(r, task, settings) for r in (row, rows["fp16"]))
+            heights.append(statistics.median(values) / statistics.median(base) if values else math.nan)
+        bars.bar([j + i / (len(rows) + 1) for j in range(len(speeds))], heights, 1 / (len(rows) + 1), label=name)
+        served = [(n, row["serve"][str(n)]) for _, n in measured({name: row}, "serve")]
+        points = [(n, statistics.median(run["output_throughput"] for run in runs)) for n, runs in served]
+        if points:
+            lines.loglog(*zip(*points, strict=True), marker=".", label=name)
+    titles = [f"batch {count}" if kind == "latency" else kind for kind, count in speeds]
+    bars.set(ylabel="tokens/s, × fp16", xticks=range(len(titles)), xticklabels=titles)
+    lines.set(xlabel="clients", ylabel="tokens/s")
+    for axis in (bars, lines):
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
