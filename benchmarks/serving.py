@@ -208,7 +208,7 @@ def main(
     os.environ.setdefault("VLLM_PLUGINS", "butterfly")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     tools = [f"vllm.benchmarks.{name}" for name in PARTS]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["serving_engine", "vllm", *tools])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["vllm", *tools])
 
     record: dict[str, Any] = {"model": Path(model).name, "settings": dataclasses.asdict(settings), "group": GROUP}
     problem = run_apart(
