@@ -211,6 +211,7 @@ class Bench:
             "bits_per_weight": report["totals"]["bits_per_weight"],
             "calibration_tokens": report["calibration_tokens"],
             "seed": seed,
+            "gains": report.get("gains", []),  # of our stages; peers have none
             "run": report["run"],
         } | self.score(checkpoint, checkpoint)
 

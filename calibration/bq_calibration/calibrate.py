@@ -418,8 +418,8 @@ class Calibration:
             rounded = self._round(turned, turned_hessian, bits)
             if name == kind:
                 chosen = refine(rounded, turned, turned_hessian, recipe.refine)
-                final_error = output_error(turned, chosen.weight(), turned_hessian)
                 turned, rounded_rows = turned[::step], rounded.weight()[::step]
+                final_error = output_error(turned, chosen.weight()[::step], turned_hessian)
             else:
                 rounded_rows = rounded.weight()
             errors[name] = output_error(turned, rounded_rows, turned_hessian)

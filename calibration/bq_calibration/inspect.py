@@ -48,15 +48,14 @@ def print_description(description: dict[str, Any], console: Console) -> None:
         run = report["run"]
         summary.add_row("16-bit model", f"{report['totals']['source_bytes'] / 1e6:.1f} MB")
         summary.add_row("calibrated on", f"{report['recipe']['dataset']}, {report['calibration_tokens']:,} tokens")
-        for stage in report["stages"]:
-            steps = f"{len(stage['losses'])} steps" if "losses" in stage else ""
-            if "held_out_divergence" in stage:
-                steps += f" KL on held-out text {stage['held_out_divergence']:.3f}"
-            summary.add_row(stage["stage"], steps.strip())
         summary.add_row("calibration", f"{run['wall_seconds']:.0f} s, peak {run['peak_memory_bytes'] / 1e9:.2f} GB")
     console.print(summary)
     if not report:
         return
+    table = Table("stage", "measure", "before", "after", title="What every stage has gained")
+    for gain in report["gains"]:
+        table.add_row(gain["stage"], gain["measure"], f"{gain['before']:.4f}", f"{gain['after']:.4f}")
+    console.print(table)
     kinds = list(report["inputs"][0]["relative_output_error"])
     table = Table(
         "block",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import matplotlib
@@ -42,7 +44,6 @@ def write_report(
     store = TensorStore(source)
     inputs = [report for block in blocks for report in block["inputs"]]
     reconstruction = [block["reconstruction"] for block in blocks]
-    kinds = sorted({kind for report in inputs for kind in report["relative_output_error"]})
     report = {
         "format_version": 1,
         "source_model": source.resolve().name,
@@ -55,18 +56,39 @@ def write_report(
             "quantized_weights": sum(n * k for n, k in verified.layers.values()),
             "checkpoint_bytes": verified.total_bytes,
             "source_bytes": sum(store.nbytes(name) for name in store.names()),
-            "mean_relative_output_error": {
-                kind: sum(r["relative_output_error"][kind] for r in inputs) / len(inputs) for kind in kinds
-            },
-            "mean_refined_output_error": sum(r["refined_output_error"] for r in inputs) / len(inputs),
         },
         "inputs": inputs,
         "reconstruction": reconstruction,
         "stages": stages,
+        "gains": gains(recipe, inputs, reconstruction, stages),
         "run": run,
     }
     write_json(folder / "bq_report.json", report)
     draw(folder / "report", inputs, config, reconstruction, stages)
+
+
+def gains(
+    recipe: Recipe, inputs: list[dict[str, Any]], reconstruction: list[list[float]], stages: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What every stage of the recipe has gained: its name, what is measured, and that before and after it.
+
+    Layers and blocks are means over all of them: errors relative to the output, and of training the first four and the
+    last four steps.
+    """
+    kinds = ["none", "hadamard", "butterfly"]
+    kinds = kinds[: 1 + kinds.index(recipe.rotation)]
+    errors = [mean(report["relative_output_error"][kind] for report in inputs) for kind in kinds]
+    measure = "output error of a layer"
+    found = [(f"rotation, {kinds[i]}", measure, errors[i - 1], errors[i]) for i in range(1, len(kinds))]
+    if recipe.refine:
+        found.append(("refine", measure, errors[-1], mean(report["refined_output_error"] for report in inputs)))
+    if recipe.reconstruct:
+        first, last = (mean(mean(curve[part]) for curve in reconstruction) for part in (slice(4), slice(-4, None)))
+        found.append(("reconstruct", "loss of a block", first, last))
+    for before, after in pairwise(stage for stage in stages if "held_out_divergence" in stage):
+        values = (stage["held_out_divergence"] for stage in (before, after))
+        found.append((after["stage"], "KL on held-out text, nats a token", *values))
+    return [dict(zip(("stage", "measure", "before", "after"), line, strict=True)) for line in found]
 
 
 def draw(

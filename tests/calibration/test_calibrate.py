@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 import bq_calibration.hf  # noqa: F401
 import pytest
@@ -130,7 +131,10 @@ def test_streaming_holds_one_block_at_a_time(model):
 def test_report_and_pictures(tmp_path, model, text):
     out = run(model, tmp_path / "out", text)
     report = json.loads((out / "bq_report.json").read_text())
-    assert {"none", "hadamard", "butterfly"} == set(report["totals"]["mean_relative_output_error"])
+    assert [gain["stage"] for gain in report["gains"]] == ["rotation, hadamard", "rotation, butterfly", "refine"]
+    hadamard, butterfly, refine = report["gains"]
+    assert (hadamard["after"], butterfly["after"]) == (butterfly["before"], refine["before"])
+    assert butterfly["after"] == fmean(entry["relative_output_error"]["butterfly"] for entry in report["inputs"])
     assert len(report["inputs"]) == 2 * 4
     for entry in report["inputs"]:
         assert set(entry["inputs"]) == {"before", "after"}

@@ -103,7 +103,9 @@ def test_training_brings_the_logits_nearer(architecture, tmp_path, text):
         ("finetune", 25),
         ("distill", 5),
     ]
-    assert all(stage["held_out_divergence"] > 0 for stage in stages)
+    divergences = [stage["held_out_divergence"] for stage in stages]
+    gains = [(g["stage"], g["before"], g["after"]) for g in report_of(tuned)["gains"] if "KL" in g["measure"]]
+    assert gains == [("finetune", *divergences[:2]), ("distill", *divergences[1:])] and min(divergences) > 0
     a, b, c = TensorStore(plain), TensorStore(trained), TensorStore(tuned)
     for name in a.names():  # distill leaves the codes, finetune does not; what else is trained moves
         if name.endswith(".qweight") or "embed_tokens" in name:
@@ -129,6 +131,8 @@ def test_reconstruction_lowers_the_error_of_a_block(architecture, tmp_path, text
     verify(trained)
     for curve in report_of(trained)["reconstruction"]:
         assert sum(curve[-4:]) < 0.9 * sum(curve[:4])
+    gain = report_of(trained)["gains"][-1]
+    assert gain["stage"] == "reconstruct" and gain["after"] < 0.9 * gain["before"]
     assert report_of(plain)["reconstruction"] == [[], []]
     ids = calibration_tokens(AutoTokenizer.from_pretrained(source), str(text), 8, 32, 0)
     states = [
