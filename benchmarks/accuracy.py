@@ -270,13 +270,15 @@ def plot(full: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(len(datasets), 2, figsize=(14, 6 * len(datasets)), squeeze=False)
     measures = {
         "bits per weight, all counted": lambda row: row["bits_per_weight"],
-        "calibration, s": lambda row: row["run"]["wall_seconds"],
+        "calibration, s": lambda row: None if row["run"]["resumed"] else row["run"]["wall_seconds"],
     }
     for line, dataset in zip(axes, datasets, strict=True):
         for axis, (name, measure) in zip(line, measures.items(), strict=True):
-            for row in rows:
+            for i, row in enumerate(rows):
                 point = measure(row), row["perplexity"][dataset]["value"]
-                axis.plot(*point, "^" if row["method"].startswith("butterfly") else "o")
+                if point[0] is None:  # of a run that was resumed only the last part's time is known
+                    continue
+                axis.plot(*point, "^" if row["method"].startswith("butterfly") else "o", color=f"C{i}")
                 axis.annotate(row["method"], point, fontsize=6, xytext=(4, 2), textcoords="offset points")
             axis.axhline(full["perplexity"][dataset]["value"], color="k", linestyle="--", label="16-bit")
             axis.set(xlabel=name, ylabel=f"perplexity, {dataset}", yscale="log")
@@ -365,7 +367,8 @@ def main(
     for label, reason in left_out.items():
         console.print(f"left out: {label}: {reason}", markup=False, highlight=False, soft_wrap=True)
     versions = {name: version(name) for name in ("torch", "transformers")}
-    command = " ".join(["python", *(Path(argument).name for argument in sys.argv)])  # names, no folders of this machine
+    # names, no folders of this machine
+    command = " ".join(",".join(Path(part).name for part in argument.split(",")) for argument in ["python", *sys.argv])
     result = {
         "command": command,
         "model": model.name,
