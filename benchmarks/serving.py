@@ -219,6 +219,7 @@ def main(
     )
     if problem:
         sys.exit(f"vLLM does not work here: {problem}")
+    console.print(f"on {record['environment']['device']}, vLLM {record['environment']['vllm']}", highlight=False)
     record = json.loads(json.dumps(record))  # tuples become the lists that a file gives back
     command = " ".join(["python", *(Path(argument).name for argument in sys.argv)])
     results: dict[str, dict] = {name: {} for name in chosen}

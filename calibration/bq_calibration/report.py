@@ -75,11 +75,11 @@ def gains(
     Layers and blocks are means over all of them: errors relative to the output, and of training the first four and the
     last four steps.
     """
-    kinds = ["none", "hadamard", "butterfly"]
+    kinds = ("none", "hadamard", "butterfly")
     kinds = kinds[: 1 + kinds.index(recipe.rotation)]
     errors = [mean(report["relative_output_error"][kind] for report in inputs) for kind in kinds]
     measure = "output error of a layer"
-    found = [(f"rotation, {kinds[i]}", measure, errors[i - 1], errors[i]) for i in range(1, len(kinds))]
+    found = [(f"rotation, {kind}", measure, *pair) for kind, pair in zip(kinds[1:], pairwise(errors), strict=True)]
     if recipe.refine:
         found.append(("refine", measure, errors[-1], mean(report["refined_output_error"] for report in inputs)))
     if recipe.reconstruct:
@@ -180,8 +180,8 @@ def draw(
 
     if any(reconstruction):
         figure, axis = plt.subplots(figsize=(8, 4))
-        axis.plot([sum(curve[:4]) / len(curve[:4]) for curve in reconstruction], label="first steps")
-        axis.plot([sum(curve[-4:]) / len(curve[-4:]) for curve in reconstruction], label="last steps")
+        axis.plot([mean(curve[:4]) for curve in reconstruction], label="first steps")
+        axis.plot([mean(curve[-4:]) for curve in reconstruction], label="last steps")
         axis.set(xlabel="block", ylabel="squared error + 1 − cosine", title="Training of the blocks")
         axis.legend()
         figure.tight_layout()
