@@ -1,7 +1,7 @@
 """Accuracy of a model at a few bits by method: same model, calibration tokens and group size, all bits counted.
 
     python benchmarks/accuracy.py MODEL [--bits 2 --bits 3] [--dataset c4] [--perplexity wikitext2 --perplexity c4]
-        [--tasks hellaswag,piqa [--limit 500]] [--seed 0 --seed 1] [--only AWQ] [--peers-python PATH]
+        [--tasks hellaswag,mmlu:20 [--limit 500]] [--seed 0 --seed 1] [--only AWQ] [--peers-python PATH]
         [--out build/accuracy] [--json FILE]
 
 A row is one command that writes a checkpoint and one `bq-eval` for every data set and task. What OUT already holds is
@@ -117,7 +117,9 @@ class Bench:
     Attributes:
         samples: calibration sequences for rounding and block-wise training.
         train_samples: for end-to-end training, those of `samples` among them.
-        limits: how much is evaluated: context, windows and documents a task; None for all.
+        context: tokens a perplexity window.
+        windows: the first ones that are read; None for all.
+        tasks: the first documents of each that are asked; None for all.
     """
 
     model: Path
@@ -128,9 +130,10 @@ class Bench:
     seqlen: int
     group_size: int
     perplexity: list[str]
-    tasks: list[str]
+    context: int
+    windows: int | None
+    tasks: dict[str, int | None]
     include_path: Path | None
-    limits: dict[str, int | None]
     peers_python: Path
 
     def calibrate(self, row: Row, bits: int, seed: int) -> Path:
@@ -173,7 +176,7 @@ class Bench:
         Raises:
             LeftOut: if an evaluation fails.
         """
-        context, windows, limit = self.limits["context"], self.limits["windows"], self.limits["limit"]
+        context, windows = self.context, self.windows
         scores: dict[str, Any] = {"perplexity": {}, "tasks": {}}
         for dataset in self.perplexity:
             kept = stem.with_name(f"{stem.name}.{name_of(dataset).replace('/', '-')}.{context}x{windows or 'all'}.json")
@@ -181,7 +184,7 @@ class Bench:
             scores["perplexity"][name_of(dataset)] = self._evaluate(checkpoint, flags, kept)["perplexity"] | {
                 "dataset": name_of(dataset)
             }
-        for task in self.tasks:
+        for task, limit in self.tasks.items():
             kept = stem.with_name(f"{stem.name}.{task}.{limit or 'all'}.json")
             flags = ["--tasks", task, *(["--limit", limit] if limit else [])]
             flags += ["--include-path", self.include_path] if self.include_path else []
@@ -302,7 +305,9 @@ def main(
     ] = ["wikitext2"],  # noqa: B006
     context: Annotated[int, typer.Option(help="Tokens a perplexity window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Only the first windows; all by default.")] = None,
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
+    tasks: Annotated[
+        str, typer.Option(help="lm-eval tasks, separated by commas; mmlu:20 has a limit of its own, a subject of MMLU.")
+    ] = "",
     include_path: Annotated[Path | None, typer.Option(help="Folder of further lm-eval task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first documents of each task.")] = None,
     seed: Annotated[list[int], typer.Option(help="Of tokens and methods; several give mean and spread.")] = [0],  # noqa: B006
@@ -327,8 +332,12 @@ def main(
         raise typer.BadParameter(f"{out} holds rows of {settings.read_text()}; choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     settings.write_text(json.dumps(shared))
-    names = [task for task in tasks.split(",") if task]
-    limits = {"context": context, "windows": windows, "limit": limit}
+    asked = {}
+    for task in filter(None, tasks.split(",")):
+        name, _, own = task.partition(":")
+        if own and not own.isdecimal():
+            raise typer.BadParameter(f"--tasks {task}: the limit {own!r} is no number of documents")
+        asked[name] = int(own) if own else limit
     bench = Bench(
         model,
         out,
@@ -338,9 +347,10 @@ def main(
         seqlen,
         group_size,
         perplexity,
-        names,
+        context,
+        windows,
+        asked,
         include_path,
-        limits,
         peers_python,
     )
     console = Console(width=160)

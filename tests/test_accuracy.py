@@ -169,9 +169,9 @@ def test_table_from_what_is_there(tmp_path, capsys):
         for dataset, factor in (("wikitext2", 1), ("c4-eval.jsonl", 2)):
             score = {"perplexity": {"dataset": dataset, "context": 128, "windows": 3, "value": value * factor}}
             checkpoint.with_name(f"{checkpoint.name}.{dataset}.128x3.json").write_text(json.dumps(score))
-        for task in ("one", "two"):
+        for task, limit in {"one": "all", "two": 7}.items():
             score = {"tasks": {task: {"metric": "acc", "value": 0.5, "stderr": 0.03}}}
-            checkpoint.with_name(f"{checkpoint.name}.{task}.all.json").write_text(json.dumps(score))
+            checkpoint.with_name(f"{checkpoint.name}.{task}.{limit}.json").write_text(json.dumps(score))
     for seed in (0, 1):
         (out / f"tokens.seed{seed}.safetensors").touch()
     accuracy.main(
@@ -181,7 +181,7 @@ def test_table_from_what_is_there(tmp_path, capsys):
         perplexity=["wikitext2", "data/c4/eval.jsonl"],
         context=128,
         windows=3,
-        tasks="one,two",
+        tasks="one,two:7",
         seed=[0, 1],
         only=["RTN, min-max", "RTN (ours)", "butterfly `fast`", "AutoRound, sym"],
         peers_python=tmp_path / "no-python",
@@ -203,6 +203,8 @@ def test_table_from_what_is_there(tmp_path, capsys):
     assert (tmp_path / "table.png").stat().st_size > 0
     with pytest.raises(accuracy.typer.BadParameter):  # other tokens than those of the rows that are there
         accuracy.main(Path("a-model"), dataset="wikitext2", out=out)
+    with pytest.raises(accuracy.typer.BadParameter, match="two:few"):
+        accuracy.main(Path("a-model"), dataset="c4", tasks="one,two:few", out=out)
 
 
 def test_ablations(model, tmp_path):
