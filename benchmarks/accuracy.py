@@ -19,11 +19,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -240,9 +242,9 @@ def mean_accuracy(tasks: dict[str, dict[str, float]]) -> tuple[float, float]:
     return sum(task["value"] for task in tasks.values()) / len(tasks), errors / len(tasks)
 
 
-def table_of(full: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
+def table_of(full: dict[str, Any], rows: list[dict[str, Any]], style: box.Box = box.HEAVY_HEAD) -> Table:
     """The table, the 16-bit model first."""
-    table = Table("method", "bits per weight")
+    table = Table("method", "bits per weight", box=style)
     for dataset in full["perplexity"]:
         table.add_column(f"perplexity {dataset}")
         table.add_column("× 16-bit")
@@ -314,7 +316,7 @@ def main(
     only: Annotated[list[str], typer.Option(help="Rows whose name starts so; may be given several times.")] = [],  # noqa: B006
     peers_python: Annotated[Path, typer.Option(help="Interpreter that has the real packages.")] = Path(sys.executable),
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and scores.")] = Path("build/accuracy"),
-    as_json: Annotated[Path, typer.Option("--json", help="Results; a .png lies beside.")] = Path(
+    as_json: Annotated[Path, typer.Option("--json", help="Results; .md and .png lie beside.")] = Path(
         "benchmarks/results/accuracy.json"
     ),
 ) -> None:
@@ -388,6 +390,9 @@ def main(
     }
     as_json.parent.mkdir(parents=True, exist_ok=True)
     as_json.write_text(json.dumps(result, indent=2) + "\n")
+    page = Console(file=StringIO(), width=1000)
+    page.print(table_of(full, rows, box.MARKDOWN))
+    as_json.with_suffix(".md").write_text(page.file.getvalue().strip() + "\n")
     plot(full, rows, as_json.with_suffix(".png"))
 
 

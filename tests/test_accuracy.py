@@ -201,6 +201,8 @@ def test_table_from_what_is_there(tmp_path, capsys):
     assert "left out: 3 bits, AutoRound, symmetric, seed 1" in printed and "3.250" in printed
     assert accuracy.mean_accuracy(result["rows"][1]["tasks"]) == pytest.approx((0.5, 0.03 / 2**0.5))
     assert (tmp_path / "table.png").stat().st_size > 0
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| butterfly `fast`")] == lines[-1:], "a row is one line"
     with pytest.raises(accuracy.typer.BadParameter):  # other tokens than those of the rows that are there
         accuracy.main(Path("a-model"), dataset="wikitext2", out=out)
     with pytest.raises(accuracy.typer.BadParameter, match="two:few"):
