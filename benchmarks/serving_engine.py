@@ -67,8 +67,10 @@ class Settings:
 class Weights:
     """Mixed into vLLM's workers (`--worker-extension-cls`)."""
 
-    def prepare_weights(self) -> dict[str, float]:
+    def prepare_weights(self) -> dict[str, float | None]:
         """Fill packed codes with random bits if the weights are dummies; returns what all tensors take, in GiB.
+
+        That is None where vLLM keeps weights elsewhere and leaves empty tensors, as its CPU build does.
 
         Raises:
             ValueError: if a tensor holds NaN or infinity.
@@ -84,7 +86,8 @@ class Weights:
             elif dummy and name.rpartition(".")[2] in ("qweight", "weight_packed", "weight"):
                 limits = torch.iinfo(tensor.dtype)
                 tensor.data.random_(limits.min, limits.max + 1)
-        return {"weights_gib": size / 2**30}
+        moved = any(not parameter.numel() for parameter in model.parameters())
+        return {"weights_gib": None if moved else size / 2**30}
 
 
 def _parse(tool: Any, flags: tuple[str, ...], **more: object) -> Any:

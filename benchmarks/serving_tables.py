@@ -41,9 +41,8 @@ def print_tables(rows: dict[str, dict], settings: Settings) -> None:
     table = Table("row", "weights, GiB", "room for KV, tokens", *titles, title="tokens/s")
     for name, row in rows.items():
         cells = (_cell(rate(row, task, settings), rate(base, task, settings)) for task in speeds)
-        # vLLM's CPU build keeps repacked weights where no parameter shows them, and says nothing of memory
-        weights, room = row.get("loading_gib", row.get("weights_gib", math.nan)), row.get("kv_tokens", math.nan)
-        table.add_row(name, f"{weights:.3f}", f"{room:,.0f}", *cells)
+        weights, room = row.get("loading_gib", row.get("weights_gib")), row.get("kv_tokens")
+        table.add_row(name, f"{weights:.3f}" if weights else "", f"{room:,.0f}" if room else "", *cells)
     console.print(table)
     for name, row in rows.items():
         if "kernel" in row:

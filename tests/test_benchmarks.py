@@ -67,7 +67,7 @@ def smoke(folder: Path, *arguments: str, **variables: str) -> tuple[dict, str]:
 def test_serving(tmp_path):
     record, printed = smoke(tmp_path, "--rows", "butterfly-128,vllm-hadamard-w2", "--profile")
     row = record["rows"]["butterfly-128"]
-    assert row["weights_gib"] > 0 and row["kv_tokens"] > 0
+    assert row["weights_gib"] is None and row["kv_tokens"] > 0
     assert row["latency"]["2"][0] > 0 and row["throughput"]["4"][0] > 0
     step = row["profile"]["2"]
     assert step["GEMM"] > 0 and step["attention"] > 0
@@ -120,6 +120,8 @@ def test_dummy_weights(engine):
     assert worker.prepare_weights() == {"weights_gib": (64 * 64 * 4 + 64 * 4 + 64 * 2) / 2**30}
     ones = sum(int(model.qweight[i, j]) >> bit & 1 for i in range(8) for j in range(8) for bit in range(32))
     assert 0.4 < ones / 8 / 8 / 32 < 0.6 and not model.locks.any()
+    model.moved = torch.nn.Parameter(torch.empty(0))
+    assert worker.prepare_weights() == {"weights_gib": None}
     model.scales.data[3] = torch.nan
     with pytest.raises(ValueError, match="scales holds NaN"):
         worker.prepare_weights()
@@ -159,12 +161,12 @@ def test_tables_compare_with_fp16(engine, tables, tmp_path, capsys):
     settings = engine.Settings(2, (32, 128), (512, 128), 256, ())
     served = {"median_ttft_ms": 8.0, "median_tpot_ms": 2.0, "output_throughput": 500.0}
     rows = {
-        "fp16": {"weights_gib": 12.5, "latency": {"1": [1.28, 1.28]}, "serve": {"8": [served]}},
+        "fp16": {"weights_gib": None, "latency": {"1": [1.28, 1.28]}, "serve": {"8": [served]}},
         "ours": {"loading_gib": 2.5, "kv_tokens": 9e4, "latency": {"1": [0.32, 0.32]}, "serve": {"8": [served]}},
     }
     tables.print_tables(rows, settings)
     printed = capsys.readouterr().out
-    assert "12.500" in printed and "2.500" in printed and "90,000" in printed
+    assert "None" not in printed and "nan" not in printed and "2.500" in printed and "90,000" in printed
     assert "100 ±0%, 1.00×" in printed and "400 ±0%, 4.00×" in printed
     tables.plot(rows, settings, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
