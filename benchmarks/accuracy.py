@@ -33,6 +33,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BIN, PEERS = Path(sys.executable).parent, Path(__file__).parent / "peers"
+EDGE = 50  # times the perplexity of 16 bits: what is worse stands there in the plot, with its value
 CALIBRATE, OURS, PACKAGES = "bq-calibrate", "ours.py", "packages.py"
 
 
@@ -278,14 +279,17 @@ def plot(full: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
         "calibration, s": lambda row: None if row["run"]["resumed"] else row["run"]["wall_seconds"],
     }
     for line, dataset in zip(axes, datasets, strict=True):
+        base = full["perplexity"][dataset]["value"]
         for axis, (name, measure) in zip(line, measures.items(), strict=True):
             for i, row in enumerate(rows):
-                point = measure(row), row["perplexity"][dataset]["value"]
-                if point[0] is None:  # of a run that was resumed only the last part's time is known
+                place, value = measure(row), row["perplexity"][dataset]["value"]
+                if place is None:  # of a run that was resumed only the last part's time is known
                     continue
+                point = place, min(value, EDGE * base)
+                label = row["method"] + (f": {value:,.0f}" if value > EDGE * base else "")
                 axis.plot(*point, "^" if row["method"].startswith("butterfly") else "o", color=f"C{i}")
-                axis.annotate(row["method"], point, fontsize=6, xytext=(4, 2), textcoords="offset points")
-            axis.axhline(full["perplexity"][dataset]["value"], color="k", linestyle="--", label="16-bit")
+                axis.annotate(label, point, fontsize=6, xytext=(4, 2), textcoords="offset points")
+            axis.axhline(base, color="k", linestyle="--", label="16-bit")
             axis.set(xlabel=name, ylabel=f"perplexity, {dataset}", yscale="log")
         line[1].set_xscale("log")
     axes[0][0].legend()
