@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BIN, PEERS = Path(sys.executable).parent, Path(__file__).parent / "peers"
-EDGE = 50  # times the perplexity of 16 bits: what is worse stands there in the plot, with its value
+EDGE = 20  # times the perplexity of 16 bits: what is worse stands there in the plot, with its value
 CALIBRATE, OURS, PACKAGES = "bq-calibrate", "ours.py", "packages.py"
 
 
@@ -260,7 +261,7 @@ def table_of(full: dict[str, Any], rows: list[dict[str, Any]], style: box.Box = 
         for dataset, found in row["perplexity"].items():
             spread = f" ± {found['spread']:.2f}" if "spread" in found else ""
             times = found["value"] / full["perplexity"][dataset]["value"]
-            cells += [f"{found['value']:.2f}{spread}", f"{times:.2f}"]
+            cells += [f"{found['value']:,.2f}{spread}", f"{times:,.2f}"]
         cells += [f"{task['value']:.4f} ± {task['stderr']:.4f}" for task in row["tasks"].values()]
         cells += ["{:.4f} ± {:.4f}".format(*mean_accuracy(row["tasks"]))] if row["tasks"] else []
         if made := row.get("run"):
@@ -273,7 +274,7 @@ def table_of(full: dict[str, Any], rows: list[dict[str, Any]], style: box.Box = 
 def plot(full: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     """Perplexity against bits per weight and against calibration time, a line of pictures a data set."""
     datasets = list(full["perplexity"])
-    figure, axes = plt.subplots(len(datasets), 2, figsize=(14, 6 * len(datasets)), squeeze=False)
+    figure, axes = plt.subplots(len(datasets), 2, figsize=(13, 4 * len(datasets)), squeeze=False)
     measures = {
         "bits per weight, all counted": lambda row: row["bits_per_weight"],
         "calibration, s": lambda row: None if row["run"]["resumed"] else row["run"]["wall_seconds"],
@@ -286,10 +287,12 @@ def plot(full: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
                 if place is None:  # of a run that was resumed only the last part's time is known
                     continue
                 point = place, min(value, EDGE * base)
-                label = row["method"] + (f": {value:,.0f}" if value > EDGE * base else "")
+                short = re.split(r" \(|:", row["method"])[0]
+                label = short + (f": {value:,.0f}" if value > EDGE * base else "")
                 axis.plot(*point, "^" if row["method"].startswith("butterfly") else "o", color=f"C{i}")
-                axis.annotate(label, point, fontsize=6, xytext=(4, 2), textcoords="offset points")
+                axis.annotate(label, point, fontsize=8, xytext=(4, 2), textcoords="offset points")
             axis.axhline(base, color="k", linestyle="--", label="16-bit")
+            axis.margins(x=0.25)  # room for the names
             axis.set(xlabel=name, ylabel=f"perplexity, {dataset}", yscale="log")
         line[1].set_xscale("log")
     axes[0][0].legend()

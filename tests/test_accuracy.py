@@ -193,7 +193,7 @@ def test_table_from_what_is_there(tmp_path, capsys):
     assert [row["method"] for row in result["rows"]] == ["16-bit", "RTN (ours)", "butterfly `fast`"]
     fast = result["rows"][2]["perplexity"]["c4/eval.jsonl"]
     assert (fast["value"], fast["spread"]) == (124, pytest.approx(8 / 2**0.5))
-    assert "62.00 ±" in printed and "2.83" in printed and "4000.00 " in printed and "4000.00 ±" not in printed
+    assert "62.00 ±" in printed and "2.83" in printed and "4,000.00 " in printed and "4,000.00 ±" not in printed
     assert [one["seed"] for one in result["rows"][2]["seeds"]] == [0, 1]
     left_out = [f"3 bits, {row}, seed {seed}" for row in ("RTN, min-max", "AutoRound, symmetric") for seed in (0, 1)]
     assert [name for name in result["left_out"] if "RTN (ours)" not in name] == left_out
