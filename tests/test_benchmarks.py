@@ -161,12 +161,14 @@ def test_tables_compare_with_fp16(engine, tables, tmp_path, capsys):
     settings = engine.Settings(2, (32, 128), (512, 128), 256, ())
     served = {"median_ttft_ms": 8.0, "median_tpot_ms": 2.0, "output_throughput": 500.0}
     rows = {
-        "fp16": {"weights_gib": None, "latency": {"1": [1.28, 1.28]}, "serve": {"8": [served]}},
+        "fp16": {"weights_gib": 12.5, "latency": {"1": [1.28, 1.28]}, "serve": {"8": [served]}},
+        "untold": {"weights_gib": None, "latency": {"1": [1.28, 1.28]}},
         "ours": {"loading_gib": 2.5, "kv_tokens": 9e4, "latency": {"1": [0.32, 0.32]}, "serve": {"8": [served]}},
     }
     tables.print_tables(rows, settings)
     printed = capsys.readouterr().out
-    assert "None" not in printed and "nan" not in printed and "2.500" in printed and "90,000" in printed
+    assert "12.500" in printed and "2.500" in printed and "90,000" in printed
+    assert "None" not in printed and "nan" not in printed
     assert "100 ±0%, 1.00×" in printed and "400 ±0%, 4.00×" in printed
     tables.plot(rows, settings, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()

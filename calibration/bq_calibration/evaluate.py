@@ -69,8 +69,8 @@ class Evaluator:
         for window in range(count):
             ids = torch.tensor([tokens[window * context : (window + 1) * context]], device=self.model.device)
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
-            for row, following in zip(logits.split(_ROWS), ids[0, 1:].split(_ROWS), strict=True):
-                total += float(F.cross_entropy(row.float(), following, reduction="sum"))
+            pairs = zip(logits.split(_ROWS), ids[0, 1:].split(_ROWS), strict=True)
+            total += float(sum(F.cross_entropy(row.float(), following, reduction="sum") for row, following in pairs))
             progress.advance(task)
         value = math.exp(total / (count * (context - 1)))
         return {"dataset": dataset, "context": context, "windows": count, "value": value}
