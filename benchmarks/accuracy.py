@@ -79,6 +79,9 @@ ROWS = [
     ),
     Row("Hadamard + GPTQ, full width (ours)", CALIBRATE, f"{GPTQ} hadamard --rotation-block full"),
     Row("Hadamard + GPTQ, blocks of 64 (ours)", CALIBRATE, f"{GPTQ} hadamard --rotation-block 64"),
+    # what learned angles are worth: `fast` and `best` with the rotation from which they start
+    Row("Hadamard as `fast` (ours)", CALIBRATE, "--recipe fast --rotation hadamard"),
+    Row("Hadamard as `best` (ours)", CALIBRATE, "--recipe best --rotation hadamard"),
     Row("QuaRot: random Hadamard of the stream + GPTQ (ours)", OURS, "spinquant --steps 0"),
     Row("SpinQuant-style: learned rotation of the stream + GPTQ (ours)", OURS, "spinquant"),
     Row("butterfly `paper`", CALIBRATE, "--recipe paper"),

@@ -71,7 +71,7 @@ class Calibration:
     """
 
     def __init__(self, model: str, out: str, recipe: Recipe, device: str, resume: bool):
-        self.started = time.monotonic()
+        self.started, self.spent = time.time(), 0.0
         self.recipe, self.device, self.resume = recipe, torch.device(device), resume
         self.out = Path(out)
         self.staging = self.out.with_name(self.out.name + ".partial")
@@ -189,6 +189,7 @@ class Calibration:
                             f"--resume: {key} was {before.get(key)!r} in the unfinished run and is {settings[key]!r} "
                             f"now; use the same settings, or remove {self.staging}"
                         )
+                self._start_clock()
                 write_json(record, settings)
                 yield
         except WriteError as error:
@@ -197,6 +198,15 @@ class Calibration:
             ) from error
         except PermissionError as error:
             raise UserError(f"{self.out}: cannot be written ({error})") from error
+
+    def _start_clock(self) -> None:
+        """Count what interrupted processes of this run took, each up to the last tensors that it saved."""
+        clock = self.staging / "clock.json"
+        if clock.exists():
+            before = json.loads(clock.read_text())
+            saved = max((file.stat().st_mtime for file in self.staging.rglob("*.safetensors")), default=0.0)
+            self.spent = before["spent"] + max(0.0, saved - before["started"])
+        write_json(clock, {"started": self.started, "spent": self.spent})
 
     def _tokens(self, progress: Progress) -> torch.Tensor:
         file = self.staging / "tokens.safetensors"
@@ -466,10 +476,10 @@ class Calibration:
                 norm.weight = nn.Parameter(tensor.to(norm.weight), requires_grad=False)
 
     def _run_facts(self) -> dict[str, Any]:
-        """What differs from run to run: time, memory, machine."""
+        """What differs from run to run: time, of interrupted processes too; memory, of the last one; machine."""
         on_gpu = self.device.type == "cuda"
         return {
-            "wall_seconds": round(time.monotonic() - self.started, 1),
+            "wall_seconds": round(self.spent + time.time() - self.started, 1),
             "resumed": self.resumed,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,

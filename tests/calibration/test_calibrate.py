@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import fmean
+from unittest.mock import Mock
 
 import bq_calibration.hf  # noqa: F401
 import pytest
@@ -186,6 +187,21 @@ def test_resume_after_ctrl_c_gives_the_same_bytes(stop_at, tmp_path, model, text
     run(model, tmp_path / "out", text, resume=True)
     same_checkpoint(whole, tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_report_counts_the_time_of_interrupted_processes(tmp_path, model, text, monkeypatch):
+    began = time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate_module, "write_report", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "out", text)
+    clock = tmp_path / "out.partial" / "clock.json"
+    times = json.loads(clock.read_text())
+    clock.write_text(json.dumps(times | {"started": times["started"] - 1000}))
+    run(model, tmp_path / "out", text, resume=True)
+    report = json.loads((tmp_path / "out" / "bq_report.json").read_text())
+    assert report["run"]["resumed"]
+    assert 1000 < report["run"]["wall_seconds"] <= 1000 + time.time() - began + 0.1
 
 
 @pytest.mark.slow
