@@ -32,9 +32,11 @@ from rich.table import Table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 BIN, PEERS = Path(sys.executable).parent, Path(__file__).parent / "peers"
-EDGE = 20  # times the perplexity of 16 bits: what is worse stands there in the plot, with its value
+EDGE = 20  # times the perplexity of 16 bits: what is worse stands there in the plot
+PEERS_MARKERS = "osD"  # a marker for every ten colours
 CALIBRATE, OURS, PACKAGES = "bq-calibrate", "ours.py", "packages.py"
 
 
@@ -276,30 +278,36 @@ def table_of(full: dict[str, Any], rows: list[dict[str, Any]], style: box.Box = 
 
 def plot(full: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     """Perplexity against bits per weight and against calibration time, a line of pictures a data set."""
-    datasets = list(full["perplexity"])
-    figure, axes = plt.subplots(len(datasets), 2, figsize=(13, 4 * len(datasets)), squeeze=False)
+    datasets, methods = list(full["perplexity"]), list(dict.fromkeys(row["method"] for row in rows))
+    size = 14, 4 * len(datasets)
+    figure, axes = plt.subplots(len(datasets), 2, figsize=size, squeeze=False, layout="constrained")
     measures = {
         "bits per weight, all counted": lambda row: row["bits_per_weight"],
         "calibration, s": lambda row: None if row["run"]["resumed"] else row["run"]["wall_seconds"],
     }
+    named = {}
     for line, dataset in zip(axes, datasets, strict=True):
         base = full["perplexity"][dataset]["value"]
         for axis, (name, measure) in zip(line, measures.items(), strict=True):
-            for i, row in enumerate(rows):
+            for row in rows:
                 place, value = measure(row), row["perplexity"][dataset]["value"]
-                if place is None:  # of a run that was resumed only the last part's time is known
+                if place is None:  # the time of a run that was resumed may be only the last part's
                     continue
-                point = place, min(value, EDGE * base)
-                short = re.split(r" \(|:", row["method"])[0]
-                label = short + (f": {value:,.0f}" if value > EDGE * base else "")
-                axis.plot(*point, "^" if row["method"].startswith("butterfly") else "o", color=f"C{i}")
-                axis.annotate(label, point, fontsize=8, xytext=(4, 2), textcoords="offset points")
-            axis.axhline(base, color="k", linestyle="--", label="16-bit")
-            axis.margins(x=0.25)  # room for the names
+                method = row["method"]
+                i = methods.index(method)
+                marker = "^" if method.startswith("butterfly") else PEERS_MARKERS[i // 10]
+                fill = f"C{i}" if value <= EDGE * base else "none"
+                (point,) = axis.plot(place, min(value, EDGE * base), marker, color=f"C{i}", mfc=fill, linestyle="")
+                named.setdefault(re.split(r" \(|:", method)[0], point)
+            named["16-bit"] = axis.axhline(base, color="k", linestyle="--")
             axis.set(xlabel=name, ylabel=f"perplexity, {dataset}", yscale="log")
         line[1].set_xscale("log")
-    axes[0][0].legend()
-    figure.tight_layout()
+        for scale in (line[0].yaxis, line[1].yaxis, line[1].xaxis):
+            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            scale.set_major_formatter("{x:,.0f}")
+            scale.set_minor_formatter("")
+    title = f"open, at the upper edge:\n{EDGE} × 16-bit and more"
+    figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize=9, title=title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
