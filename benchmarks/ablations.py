@@ -351,7 +351,8 @@ def main(
         ]
     console.print(table_of(groups))
     as_json.parent.mkdir(parents=True, exist_ok=True)
-    result = {"settings": shared | {"model": model.name, "blocks": blocks}, "groups": groups}
+    data = ",".join("/".join(Path(part).parts[-2:]) for part in dataset.split(","))
+    result = {"settings": shared | {"model": model.name, "dataset": data, "blocks": blocks}, "groups": groups}
     as_json.write_text(json.dumps(result) + "\n")
     plot(groups, as_json.with_suffix(".png"))
 
