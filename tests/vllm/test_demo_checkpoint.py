@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import tiny
@@ -96,6 +97,20 @@ def test_logits(answers):
     for logits, logprobs in zip(wanted, answers["vLLM, dense"][1], strict=True):
         # vLLM's attention on the CPU itself stays within 0.05 of transformers
         assert (logits.log_softmax(-1).amax(-1) - logprobs).abs().max() < 0.05
+
+
+def test_perplexity_is_the_same_in_vllm(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "parity.py"
+    text, scores = tmp_path / "text.txt", tmp_path / "scores.json"
+    text.write_text("\n\n".join(text for _, text in sorted(topics.items())[:40]))
+    call = [sys.executable, script, CHECKPOINT, "--perplexity", text, "--json", scores]
+    call += ["--context", 512, "--windows", 4]
+    done = subprocess.run([str(part) for part in call], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(scores.read_text())
+    assert found["windows"] == 4
+    # both in bfloat16: sums in another order, no bias
+    assert abs(found["vllm"] / found["value"] - 1) < 0.005
 
 
 def test_sixteen_clients_get_the_text_of_offline_generation(answers, prompts, tmp_path):
