@@ -29,6 +29,7 @@ from bq_calibration.data import calibration_tokens
 from bq_calibration.model import SourceModel, block_output
 from bq_calibration.quantize import output_error, round_gptq
 from bq_calibration.rotation import MOST_ROWS, OBJECTIVES, Problem, Turn, initial_angles, learn
+from provenance import claim, command, name_of, versions
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -313,11 +314,7 @@ def main(
         "bits": bits,
         "group": group_size,
     }
-    kept = out / "settings.json"
-    if kept.exists() and json.loads(kept.read_text()) != shared:
-        raise typer.BadParameter(f"{out} holds measurements of {kept.read_text()}; choose another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(shared))
+    claim(out, shared)
     found: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in settings}
     source = SourceModel(str(model), torch.device("cpu"))
     tokens = calibration_tokens(source.tokenizer(), dataset, samples + held_out, seqlen, 0)
@@ -351,8 +348,8 @@ def main(
         ]
     console.print(table_of(groups))
     as_json.parent.mkdir(parents=True, exist_ok=True)
-    data = ",".join("/".join(Path(part).parts[-2:]) for part in dataset.split(","))
-    result = {"settings": shared | {"model": model.name, "dataset": data, "blocks": blocks}, "groups": groups}
+    named = {"model": model.name, "dataset": name_of(dataset), "blocks": blocks}
+    result = {"command": command(), "versions": versions("torch"), "settings": shared | named, "groups": groups}
     as_json.write_text(json.dumps(result) + "\n")
     plot(groups, as_json.with_suffix(".png"))
 

@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +32,7 @@ from rich.table import Table
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
+from provenance import claim, command, name_of, versions
 
 BIN, PEERS = Path(sys.executable).parent, Path(__file__).parent / "peers"
 EDGE = 20  # times the perplexity of 16 bits: what is worse stands there in the plot
@@ -112,11 +112,6 @@ def run(command: list[object], log: Path) -> None:
     if done.returncode:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise LeftOut(f"{lines[-1] if lines else 'no output'} (exit {done.returncode}, {log.name})")
-
-
-def name_of(dataset: str) -> str:
-    """A data set's name for the table: of a file, its last folder too."""
-    return "/".join(Path(dataset).parts[-2:])
 
 
 @dataclass
@@ -347,11 +342,7 @@ def main(
         "seqlen": seqlen,
         "group": group_size,
     }
-    settings = out / "settings.json"
-    if settings.exists() and json.loads(settings.read_text()) != shared:
-        raise typer.BadParameter(f"{out} holds rows of {settings.read_text()}; choose another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps(shared))
+    claim(out, shared)
     asked = {}
     for task in filter(None, tasks.split(",")):
         name, _, own = task.partition(":")
@@ -396,13 +387,10 @@ def main(
     console.print(table_of(full, rows))
     for label, reason in left_out.items():
         console.print(f"left out: {label}: {reason}", markup=False, highlight=False, soft_wrap=True)
-    versions = {name: version(name) for name in ("torch", "transformers")}
-    # names, no folders of this machine
-    command = " ".join(",".join(Path(part).name for part in argument.split(",")) for argument in ["python", *sys.argv])
     result = {
-        "command": command,
+        "command": command(),
         "model": model.name,
-        "versions": versions,
+        "versions": versions("torch", "transformers"),
         "rows": [full, *rows],
         "left_out": left_out,
     }

@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +35,7 @@ from bq_kernels.format import num_angles
 from bq_kernels.packing import unpack
 from bq_kernels.tiles import tile
 from bq_kernels.triton_linear import Launch
+from provenance import command, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -283,13 +283,7 @@ def measure_rotation(case: Case, rows: int, ceilings: Ceilings) -> dict[str, flo
 def environment() -> dict[str, str]:
     """The device and the versions of what is measured."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    found = {"device": device}
-    for name in ("torch", "triton", "gemlite", "humming-kernels", "vllm"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"device": device} | versions("torch", "triton", "gemlite", "humming-kernels", "vllm")
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -438,7 +432,7 @@ def run(
         console.print(f"left out: {what}: {why}", markup=False)
     as_json.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": " ".join(["python", *(Path(a).name for a in sys.argv)]),
+        "command": command(),
         "environment": environment(),
         "ceilings": vars(ceilings),
         "group": group,

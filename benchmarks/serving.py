@@ -43,6 +43,7 @@ from typing import Annotated, Any
 
 import typer
 from bq_kernels.format import QuantConfig, RotationConfig
+from provenance import command
 from serving_engine import Settings, Task, environment, logged, offline, online, run_apart
 from serving_tables import console, measured, plot, print_tables
 
@@ -221,13 +222,13 @@ def main(
         sys.exit(f"vLLM does not work here: {problem}")
     console.print(f"on {record['environment']['device']}, vLLM {record['environment']['vllm']}", highlight=False)
     record = json.loads(json.dumps(record))  # tuples become the lists that a file gives back
-    command = " ".join(["python", *(Path(argument).name for argument in sys.argv)])
     results: dict[str, dict] = {name: {} for name in chosen}
+    commands = command()
     if resume and as_json.exists():
         kept = resumed(as_json, record)
         results = {name: {} for name in known if name in kept["rows"] or name in chosen} | kept["rows"]
-        command = f"{kept['command']}; {command}"
-    record |= {"command": command, "rows": results, "left_out": {}}
+        commands = f"{kept['command']}; {commands}"
+    record |= {"command": commands, "rows": results, "left_out": {}}
 
     def save() -> None:
         as_json.parent.mkdir(parents=True, exist_ok=True)

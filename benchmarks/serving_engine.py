@@ -18,13 +18,13 @@ import traceback
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import versions
 
 WARM_UP = 8  # steps before a profile begins, by when all prompts have been read; then as many are profiled
 LOGGED = {
@@ -105,13 +105,10 @@ def environment() -> Iterator[tuple[str, dict[str, str]]]:
     import vllm
     from vllm.platforms import current_platform
 
-    found = {"device": "CPU" if current_platform.is_cpu() else current_platform.get_device_name()}
-    for name in ("torch", "triton", "transformers", "compressed-tensors", "humming-kernels"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    yield "environment", found | {"vllm": vllm.__version__, "BQ_VLLM_BACKEND": os.environ.get("BQ_VLLM_BACKEND", "")}
+    device = "CPU" if current_platform.is_cpu() else current_platform.get_device_name()
+    found = versions("torch", "triton", "transformers", "compressed-tensors", "humming-kernels")
+    found |= {"vllm": vllm.__version__, "BQ_VLLM_BACKEND": os.environ.get("BQ_VLLM_BACKEND", "")}
+    yield "environment", {"device": device} | found
 
 
 def check_logits(llm: Any) -> None:

@@ -29,8 +29,9 @@ def load(script: str):
     return module
 
 
-accuracy, packages, ours = map(load, ("accuracy.py", "peers/packages.py", "peers/ours.py"))
-ablations = load("ablations.py")
+# in this order: the later ones import the first
+SCRIPTS = ("provenance.py", "accuracy.py", "peers/packages.py", "peers/ours.py", "ablations.py")
+_, accuracy, packages, ours, ablations = map(load, SCRIPTS)
 
 
 @pytest.fixture(scope="module")
