@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -20,7 +21,7 @@ def name_of(data: str) -> str:
 def command() -> str:
     """The command that runs, with names in place of the folders of this machine."""
     names = (",".join(Path(part).name for part in argument.split(",")) for argument in sys.argv)
-    return " ".join(["python", *names])
+    return shlex.join(["python", *names])
 
 
 def versions(*packages: str) -> dict[str, str]:

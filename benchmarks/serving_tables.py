@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from pathlib import Path
 
@@ -69,30 +68,42 @@ def print_tables(rows: dict[str, dict], settings: Settings) -> None:
         console.print(table)
 
 
+def _spread(values: list[float], base: float = 1.0) -> tuple[float, float, float]:
+    """Median, and how far down and up the runs go from it, all relative to `base`."""
+    median = statistics.median(values)
+    return median / base, (median - min(values)) / base, (max(values) - median) / base
+
+
 def plot(rows: dict[str, dict], settings: Settings, path: Path) -> None:
-    """Speeds relative to fp16, and tokens a second against clients."""
+    """Speeds relative to fp16, and tokens a second against clients: medians, and from the least to the most."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (bars, lines) = plt.subplots(1, 2, figsize=(14, 5))
+    figure, (bars, lines) = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
     speeds = measured({name: row for name, row in rows.items() if name == "fp16"}, "latency", "throughput")
+    width = 1 / (len(rows) + 1)
     for i, (name, row) in enumerate(rows.items()):
-        heights = []
-        for task in speeds:
+        color = f"C{i}"
+        bars.bar(0, 0, color=color, label=name)  # the legend's, for a row that has no speed
+        for j, task in enumerate(speeds):
             values, base = (rate(r, task, settings) for r in (row, rows["fp16"]))
-            heights.append(statistics.median(values) / statistics.median(base) if values else math.nan)
-        bars.bar([j + i / (len(rows) + 1) for j in range(len(speeds))], heights, 1 / (len(rows) + 1), label=name)
+            if values:
+                height, *spread = _spread(values, statistics.median(base))
+                place = j + (i - (len(rows) - 1) / 2) * width
+                bars.bar(place, height, width, yerr=[[part] for part in spread], color=color, capsize=3)
         served = [(n, row["serve"][str(n)]) for _, n in measured({name: row}, "serve")]
-        points = [(n, statistics.median(run["output_throughput"] for run in runs)) for n, runs in served]
+        points = [(n, *_spread([run["output_throughput"] for run in runs])) for n, runs in served]
         if points:
-            lines.loglog(*zip(*points, strict=True), marker=".", label=name)
+            clients, medians, *spread = zip(*points, strict=True)
+            lines.errorbar(clients, medians, yerr=spread, color=color, marker=".", capsize=3)
     titles = [f"batch {count}" if kind == "latency" else kind for kind, count in speeds]
     bars.set(ylabel="tokens/s, × fp16", xticks=range(len(titles)), xticklabels=titles)
     lines.set(xlabel="clients", ylabel="tokens/s")
-    for axis in (bars, lines):
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-    figure.tight_layout()
+    clients = [n for _, n in measured(rows, "serve")]
+    if clients:
+        lines.set(xscale="log", xticks=clients, xticklabels=clients, ylim=(0, None))
+        lines.minorticks_off()
+    figure.legend(*bars.get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=120)
