@@ -81,14 +81,15 @@ ROWS = [
     ),
     Row("Hadamard + GPTQ, full width (ours)", CALIBRATE, f"{GPTQ} hadamard --rotation-block full"),
     Row("Hadamard + GPTQ, blocks of 64 (ours)", CALIBRATE, f"{GPTQ} hadamard --rotation-block 64"),
-    # what learned angles are worth: `fast` and `best` with the rotation from which they start
+    # what learned angles are worth: `fast` without, `best` with them
     Row("Hadamard as `fast` (ours)", CALIBRATE, "--recipe fast --rotation hadamard"),
-    Row("Hadamard as `best` (ours)", CALIBRATE, "--recipe best --rotation hadamard"),
+    Row("butterfly as `best`", CALIBRATE, "--recipe best --rotation butterfly"),
     Row("QuaRot: random Hadamard of the stream + GPTQ (ours)", OURS, "spinquant --steps 0"),
     Row("SpinQuant-style: learned rotation of the stream + GPTQ (ours)", OURS, "spinquant"),
     Row("butterfly `paper`", CALIBRATE, "--recipe paper"),
     Row("butterfly `fast`", CALIBRATE, "--recipe fast"),
-    Row("butterfly `best`", CALIBRATE, "--recipe best"),
+    Row("`best`: Hadamard in blocks of 64", CALIBRATE, "--recipe best"),
+    Row("`best` at 2.3 bits, all counted", CALIBRATE, "--recipe best --target-bpw 2.3"),
 ]
 
 
@@ -119,8 +120,8 @@ class Bench:
     """What all rows have in common: the model, the calibration and what is measured.
 
     Attributes:
-        samples: calibration sequences for rounding and block-wise training.
-        train_samples: for end-to-end training, those of `samples` among them.
+        samples: calibration sequences for rounding.
+        train_samples: for training, of blocks and end to end, those of `samples` among them.
         context: tokens a perplexity window.
         windows: the first ones that are read; None for all.
         tasks: the first documents of each that are asked; None for all.
@@ -312,8 +313,8 @@ def main(
     bits: Annotated[list[int], typer.Option(help="Bits per code; may be given several times.")] = [2],  # noqa: B006
     group_size: Annotated[int, typer.Option(help="Columns that share a scale.")] = 64,
     dataset: Annotated[str, typer.Option(help="Calibration data, as for bq-calibrate.")] = "c4",
-    samples: Annotated[int, typer.Option(help="Calibration sequences for rounding and block-wise training.")] = 128,
-    train_samples: Annotated[int, typer.Option(help="Sequences for end-to-end training, those among them.")] = 640,
+    samples: Annotated[int, typer.Option(help="Calibration sequences for rounding.")] = 128,
+    train_samples: Annotated[int, typer.Option(help="Sequences for training, those among them.")] = 640,
     seqlen: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
     perplexity: Annotated[
         list[str], typer.Option(help="Evaluation data, as for bq-eval; may be given several times.")

@@ -34,7 +34,7 @@ from .errors import UserError, WriteError
 from .model import SourceModel, TensorStore, block_output
 from .quantize import Quantized, output_error, refine, round_gptq, round_nearest
 from .recipes import Recipe, quant_config
-from .reconstruct import reconstruct
+from .reconstruct import block_loss, reconstruct
 from .report import write_report
 from .rotation import MOST_ROWS, Problem, Turn, initial_angles, learn
 from .sensitivity import allocate, sensitivities
@@ -88,7 +88,7 @@ class Calibration:
             tokens = self._tokens(progress)
             if self.recipe.target_bpw is not None:
                 self.config = dataclasses.replace(self.config, module_bits=self._module_bits(tokens, progress))
-            hidden, arguments = self.source.embed(tokens[: self.recipe.samples])
+            hidden, arguments = self.source.embed(tokens if self.recipe.reconstruct else tokens[: self.recipe.samples])
             original = hidden.clone() if self.recipe.reconstruct else None  # what the 16-bit model computes
             reports = []
             task = progress.add_task("calibrating blocks", total=self.source.num_blocks)
@@ -96,28 +96,18 @@ class Calibration:
                 stem = self.staging / "blocks" / f"{index:05d}"
                 with self.source.block(index) as block:
                     forward = self._forward_over(block, hidden, arguments[index])
+                    rounding = self._forward_over(block, hidden[: self.recipe.samples], arguments[index])
                     if original is not None:
                         self._forward_over(block, original, arguments[index])(keep=original)
                     if stem.with_suffix(".safetensors").exists():
                         self._install(block, index, load_file(stem.with_suffix(".safetensors")))
                     else:  # leaves the block quantized
-                        tensors, inputs = self._quantize_block(block, index, forward)
-                        report = {"inputs": inputs, "reconstruction": []}
+                        tensors, inputs = self._quantize_block(block, index, rounding)
+                        report = {"inputs": inputs, "reconstruction": None}
                         if original is not None:
-                            tensors, report["reconstruction"] = reconstruct(
-                                self.source,
-                                self.config,
-                                block,
-                                index,
-                                tensors,
-                                hidden,
-                                original,
-                                arguments[index],
-                                self.recipe.reconstruct,
-                                self.recipe.seed * 1_000_003 + index,
-                                progress,
+                            tensors, report["reconstruction"] = self._reconstruct(
+                                block, index, tensors, hidden, original, arguments[index], progress
                             )
-                            self._install(block, index, tensors)
                         write_json(stem.with_suffix(".json"), report)
                         write_tensors(stem.with_suffix(".safetensors"), tensors)  # last: its presence means done
                     forward(keep=hidden)
@@ -213,7 +203,7 @@ class Calibration:
         if not file.exists():
             recipe, tokenizer = self.recipe, self.source.tokenizer()
             wanted = recipe.samples
-            if recipe.trains_end_to_end:
+            if recipe.trains:
                 wanted = max(wanted, recipe.train_samples) + recipe.held_out
             if recipe.dataset == "self":
                 model = AutoModelForCausalLM.from_pretrained(self.source.folder, dtype=self.source.dtype)
@@ -227,7 +217,7 @@ class Calibration:
 
     def _trained_on(self, tokens: torch.Tensor) -> torch.Tensor:
         """All samples but those that are held out, the last ones."""
-        return tokens[: len(tokens) - self.recipe.held_out] if self.recipe.trains_end_to_end else tokens
+        return tokens[: len(tokens) - self.recipe.held_out] if self.recipe.trains else tokens
 
     def _module_bits(self, tokens: torch.Tensor, progress: Progress) -> dict[str, int]:
         """Bits of the layers that get more than the recipe's, by full name, so that `target_bpw` is spent."""
@@ -329,6 +319,44 @@ class Calibration:
                     keep[start : start + batch] = output
 
         return forward
+
+    def _reconstruct(
+        self,
+        block: nn.Module,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        hidden: torch.Tensor,
+        original: torch.Tensor,
+        arguments: dict[str, Any],
+        progress: Progress,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Train a block that has been rounded and install it; its tensors, and the losses for the report."""
+        count = len(hidden) - self.recipe.held_out
+
+        def held_out_loss() -> float:
+            states = hidden[count:].clone()
+            self._forward_over(block, states, arguments)(keep=states)
+            return block_loss(states, original[count:]).item()
+
+        before = held_out_loss() if self.recipe.held_out else None
+        tensors, losses = reconstruct(
+            self.source,
+            self.config,
+            block,
+            index,
+            tensors,
+            hidden[:count],
+            original[:count],
+            arguments,
+            self.recipe.reconstruct,
+            self.recipe.seed * 1_000_003 + index,
+            progress,
+        )
+        self._install(block, index, tensors)
+        report: dict[str, Any] = {"losses": losses}
+        if before is not None:
+            report["held_out_loss"] = [before, held_out_loss()]
+        return tensors, report
 
     def _capture(self, layer: nn.Linear, forward: Callable) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean of x xᵀ over all tokens that reach `layer`, float32 [K, K], and a sample of the x."""

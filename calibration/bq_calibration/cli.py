@@ -82,7 +82,7 @@ def calibrate(
         str | None, typer.Option(help="wikitext2, c4, self, a .txt/.jsonl/.parquet file; or several: A,B.")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
-    train_samples: Annotated[int | None, typer.Option(help="Sequences for end-to-end training.")] = None,
+    train_samples: Annotated[int | None, typer.Option(help="Sequences for training, of blocks and end to end.")] = None,
     held_out: Annotated[int | None, typer.Option(help="Sequences on which the report measures training.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,

@@ -27,9 +27,9 @@ class Recipe:
         finetune: steps of end-to-end training of the same, once all blocks are done. Holds 18 bytes a weight.
         distill: steps of end-to-end training of all but the codes, at the end. Holds packed codes and 20 bytes
             a group.
-        samples: sequences that rounding and the training of blocks look at.
-        train_samples: sequences for end-to-end training, those of `samples` among them.
-        held_out: further sequences, never trained on, on which the report measures the stages of end-to-end training.
+        samples: sequences that rounding looks at.
+        train_samples: sequences for training, of blocks and end to end, those of `samples` among them.
+        held_out: further sequences, never trained on, on which the report measures what training gains.
         tensor_parallel: rotation blocks and groups of row-parallel layers stay inside a shard at this many GPUs.
     """
 
@@ -40,9 +40,9 @@ class Recipe:
     rotation: str = "butterfly"
     rotation_block: int | None = 64
     init: str = "hadamard"
-    objective: str = "gptq"
+    objective: str = "output"
     optimizer: str = "adam"
-    lr: float = 0.02
+    lr: float = 0.01
     steps: int = 60
     uniformity: float = 0.0
     rounding: str = "gptq"
@@ -59,6 +59,11 @@ class Recipe:
     seed: int = 0
 
     @property
+    def trains(self) -> bool:
+        """Whether blocks or the whole model are trained."""
+        return bool(self.reconstruct) or self.trains_end_to_end
+
+    @property
     def trains_end_to_end(self) -> bool:
         """Whether the whole model is trained once its blocks are done."""
         return bool(self.finetune or self.distill)
@@ -70,19 +75,24 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     # what is best within a few minutes on two cores
-    "fast": Recipe(steps=20, refine=4, samples=64, seqlen=512),
-    # `fast`, then every block trained codes and all, then all but the codes trained end to end
-    "best": Recipe(steps=20, refine=4, samples=128, train_samples=640, seqlen=512, reconstruct=120, distill=160),
+    "fast": Recipe(refine=4, samples=64, seqlen=512),
+    # every block rounded behind a Hadamard and then trained, codes and all; then all but the codes end to end. Angles
+    # that are learned and trained too end no lower, so their bits are saved
+    "best": Recipe(
+        rotation="hadamard",
+        refine=4,
+        samples=128,
+        train_samples=640,
+        seqlen=512,
+        reconstruct=480,
+        distill=160,
+    ),
     # arXiv 2509.09679: full width, identity start, Adam at 0.01 for at most 500 steps, uniformity on, 128 samples
     "paper": Recipe(
         rotation_block=None,
         init="identity",
-        objective="output",
-        optimizer="adam",
-        lr=0.01,
         steps=500,
         uniformity=0.1,
-        rounding="gptq",
     ),
 }
 CHOICES = {

@@ -19,7 +19,7 @@ from .model import SourceModel, block_output
 from .student import Trainable
 from .train import batch_of, train
 
-TOKENS_A_STEP = 2048
+TOKENS_A_STEP = 512
 RATES = {"codes": 1e-2, "factors": 1e-2, "zeros": 1e-2, "angles": 5e-3, "norms": 5e-4}
 
 

@@ -17,6 +17,8 @@ from .checkpoint import verify, write_json
 from .model import TensorStore
 from .recipes import Recipe
 
+LAST_STEPS = 16  # of the training of a block, which the picture shows
+
 
 def write_report(
     folder: Path,
@@ -36,7 +38,7 @@ def write_report(
         config: quantization config.
         recipe: settings of the run.
         tokens: calibration tokens used.
-        blocks: per decoder block, the reports of its input groups and the loss curve of its reconstruction.
+        blocks: per decoder block, the reports of its input groups and the losses of its reconstruction, or None.
         stages: of end-to-end training, the model as it was rounded first; empty without training.
         run: time, memory and machine: all that differs from run to run stands here.
     """
@@ -68,12 +70,14 @@ def write_report(
 
 
 def gains(
-    recipe: Recipe, inputs: list[dict[str, Any]], reconstruction: list[list[float]], stages: list[dict[str, Any]]
+    recipe: Recipe,
+    inputs: list[dict[str, Any]],
+    reconstruction: list[dict[str, Any] | None],
+    stages: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """What every stage of the recipe has gained: its name, what is measured, and that before and after it.
 
-    Layers and blocks are means over all of them: errors relative to the output, and of training the first four and the
-    last four steps.
+    Layers and blocks are means over all of them: errors relative to the output, and losses on held-out text.
     """
     kinds = ("none", "hadamard", "butterfly")
     kinds = kinds[: 1 + kinds.index(recipe.rotation)]
@@ -82,9 +86,9 @@ def gains(
     found = [(f"rotation, {kind}", measure, *pair) for kind, pair in zip(kinds[1:], pairwise(errors), strict=True)]
     if recipe.refine:
         found.append(("refine", measure, errors[-1], mean(report["refined_output_error"] for report in inputs)))
-    if recipe.reconstruct:
-        first, last = (mean(mean(curve[part]) for curve in reconstruction) for part in (slice(4), slice(-4, None)))
-        found.append(("reconstruct", "loss of a block", first, last))
+    if recipe.reconstruct and recipe.held_out:
+        pair = [mean(block["held_out_loss"][i] for block in reconstruction) for i in (0, 1)]
+        found.append(("reconstruct", "loss of a block on held-out text", *pair))
     for before, after in pairwise(stage for stage in stages if "held_out_divergence" in stage):
         values = (stage["held_out_divergence"] for stage in (before, after))
         found.append((after["stage"], "KL on held-out text, nats a token", *values))
@@ -95,7 +99,7 @@ def draw(
     folder: Path,
     inputs: list[dict[str, Any]],
     config: QuantConfig,
-    reconstruction: list[list[float]],
+    reconstruction: list[dict[str, Any] | None],
     stages: list[dict[str, Any]],
 ) -> None:
     """Draw outliers, output errors, coherence and learning curves as PNG files into a new folder."""
@@ -180,8 +184,10 @@ def draw(
 
     if any(reconstruction):
         figure, axis = plt.subplots(figsize=(8, 4))
-        axis.plot([mean(curve[:4]) for curve in reconstruction], label="first steps")
-        axis.plot([mean(curve[-4:]) for curve in reconstruction], label="last steps")
+        for i, when in enumerate(("before", "after")):
+            if "held_out_loss" in reconstruction[0]:
+                axis.plot([block["held_out_loss"][i] for block in reconstruction], label=f"held-out text, {when}")
+        axis.plot([mean(block["losses"][-LAST_STEPS:]) for block in reconstruction], "k:", label="last steps")
         axis.set(xlabel="block", ylabel="squared error + 1 − cosine", title="Training of the blocks")
         axis.legend()
         figure.tight_layout()

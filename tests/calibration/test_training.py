@@ -127,13 +127,15 @@ def test_training_of_other_formats(settings, model, text, tmp_path):
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_reconstruction_lowers_the_error_of_a_block(architecture, tmp_path, text):
     source = make_model(tmp_path / "model", architecture)
-    plain, trained = run(source, tmp_path / "plain", text), run(source, tmp_path / "trained", text, reconstruct=40)
+    plain = run(source, tmp_path / "plain", text)
+    trained = run(source, tmp_path / "trained", text, reconstruct=40, train_samples=64, held_out=16)
     verify(trained)
-    for curve in report_of(trained)["reconstruction"]:
-        assert sum(curve[-4:]) < 0.9 * sum(curve[:4])
+    for block in report_of(trained)["reconstruction"]:
+        assert sum(block["losses"][-4:]) < 0.9 * sum(block["losses"][:4])
+        assert block["held_out_loss"][1] < 0.9 * block["held_out_loss"][0]
     gain = report_of(trained)["gains"][-1]
     assert gain["stage"] == "reconstruct" and gain["after"] < 0.9 * gain["before"]
-    assert report_of(plain)["reconstruction"] == [[], []]
+    assert report_of(plain)["reconstruction"] == [None, None]
     ids = calibration_tokens(AutoTokenizer.from_pretrained(source), str(text), 8, 32, 0)
     states = [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model(input_ids=ids).last_hidden_state
