@@ -184,8 +184,8 @@ def draw(
 
     if any(reconstruction):
         figure, axis = plt.subplots(figsize=(8, 4))
-        for i, when in enumerate(("before", "after")):
-            if "held_out_loss" in reconstruction[0]:
+        if "held_out_loss" in reconstruction[0]:
+            for i, when in enumerate(("before", "after")):
                 axis.plot([block["held_out_loss"][i] for block in reconstruction], label=f"held-out text, {when}")
         axis.plot([mean(block["losses"][-LAST_STEPS:]) for block in reconstruction], "k:", label="last steps")
         axis.set(xlabel="block", ylabel="squared error + 1 − cosine", title="Training of the blocks")
