@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM read from its safetensors one decoder block at a time."""
+"""A Hugging Face causal LM read from its safetensors, one decoder layer at a time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .architecture import input_groups
+from .block import Block
+from .compute import compute_dtypes
 from .errors import UserError
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -87,6 +89,11 @@ class TensorStore:
         with safe_open(self.file_of[name], framework="pt") as handle:
             return handle.get_tensor(name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, without reading its data."""
+        with safe_open(self.file_of[name], framework="pt") as handle:
+            return handle.get_slice(name)[:0].dtype
+
     def nbytes(self, name: str) -> int:
         """Size of a tensor's data, without reading it."""
         with safe_open(self.file_of[name], framework="pt") as handle:
@@ -94,24 +101,23 @@ class TensorStore:
             return math.prod(view.get_shape()) * _BYTES[view.get_dtype()]
 
 
-def block_output(block: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    """Hidden states behind a decoder block, [samples, seqlen, hidden]; some architectures return them in a tuple."""
-    output = block(hidden, **arguments)
-    return output[0] if isinstance(output, tuple) else output
-
-
 class SourceModel:
-    """The 16-bit model: a skeleton without memory, into which one decoder block at a time is loaded.
+    """The 16-bit model: a skeleton without memory, into which one decoder layer at a time is loaded.
 
     Args:
         model: folder or hub name.
-        device: where blocks and activations live.
+        device: where layers and activations live.
+        compute_dtype: see `compute.compute_dtypes`.
+
+    Attributes:
+        dtype: of weights and activations in memory.
+        training_dtype: of the products of layers that are trained.
 
     Raises:
         UserError: for an unsupported architecture, an already quantized model, or missing weights.
     """
 
-    def __init__(self, model: str, device: torch.device):
+    def __init__(self, model: str, device: torch.device, compute_dtype: str = "auto"):
         self.folder = resolve_model(model)
         self.device = device
         config_file = self.folder / "config.json"
@@ -124,7 +130,8 @@ class SourceModel:
         self.groups = input_groups(self.config_dict.get("model_type", "without a model_type"))
         self.config = AutoConfig.from_pretrained(self.folder)
         self.store = TensorStore(self.folder)
-        self.dtype = self.store.get("model.embed_tokens.weight").dtype
+        self.compute = compute_dtypes(compute_dtype, self.store.get("model.embed_tokens.weight").dtype, device)
+        self.dtype, self.training_dtype = self.compute.forward, self.compute.training
         with init_empty_weights(include_buffers=False):  # buffers are computed, not stored: they must be real
             self.skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
         for module in self.skeleton.modules():
@@ -132,6 +139,15 @@ class SourceModel:
                 module._buffers[name] = buffer.to(device) if buffer is not None else None
         self.decoder = self.skeleton.model
         self.num_blocks = len(self.decoder.layers)
+        self._kwargs: list[dict[str, Any]] = [{} for _ in self.decoder.layers]
+
+    @property
+    def name(self) -> str:
+        """The model's name: `org/name` for a model of the hub, its cached snapshots included; else its folder's."""
+        folder = self.folder.resolve()
+        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+            return folder.parents[1].name.removeprefix("models--").replace("--", "/", 1)
+        return folder.name
 
     def tokenizer(self):
         """The model's tokenizer.
@@ -144,14 +160,10 @@ class SourceModel:
         except Exception as error:
             raise UserError(f"{self.folder}: the tokenizer cannot be loaded ({error})") from error
 
-    def block_prefix(self, index: int) -> str:
-        """Name prefix of the tensors of block `index`."""
-        return f"model.layers.{index}."
-
     @contextmanager
     def _loaded(self, module: nn.Module, prefix: str) -> Iterator[nn.Module]:
         empty = module.state_dict()
-        full = {name: self.store.get(prefix + name).to(self.device) for name in empty}
+        full = {name: self.store.get(prefix + name).to(self.device, tensor.dtype) for name, tensor in empty.items()}
         module.load_state_dict(full, assign=True)
         del full
         try:
@@ -159,12 +171,27 @@ class SourceModel:
         finally:
             module.load_state_dict(empty, assign=True)
 
-    def block(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Decoder block `index`, with its weights in memory for as long as the context lasts."""
-        return self._loaded(self.decoder.layers[index], self.block_prefix(index))
+    def block_prefix(self, index: int) -> str:
+        """Name prefix of the tensors of decoder layer `index`."""
+        return f"model.layers.{index}."
+
+    def empty_block(self, index: int) -> Block:
+        """Decoder layer `index` without weights: for names and shapes."""
+        prefix = self.block_prefix(index)
+        return Block(index, prefix, self.decoder.layers[index], self.groups, self._kwargs[index])
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[Block]:
+        """Decoder layer `index`, with its weights in memory for as long as the context lasts.
+
+        It runs on what the last call of `embed` returned, and on any batch of that sequence length.
+        """
+        block = self.empty_block(index)
+        with self._loaded(block.module, block.prefix):
+            yield block
 
     def final_norm(self) -> AbstractContextManager[nn.Module]:
-        """The norm behind the last block, with its weight in memory for as long as the context lasts."""
+        """The norm behind the last layer, with its weight in memory for as long as the context lasts."""
         return self._loaded(self.decoder.norm, "model.norm.")
 
     def head(self) -> AbstractContextManager[nn.Module]:
@@ -173,23 +200,21 @@ class SourceModel:
         return self._loaded(self.skeleton.lm_head, "lm_head." if own else "model.embed_tokens.")
 
     @torch.no_grad()
-    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-        """What enters the first block, and the further arguments that every block gets.
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states in front of the first layer; also notes the further arguments that every layer gets.
 
         Args:
             tokens: int64 [samples, seqlen].
 
         Returns:
-            hidden states [samples, seqlen, hidden] and, per block, the keyword arguments of its forward, made for a
-            batch of one and good for any batch.
+            [samples, seqlen, hidden] in `dtype`.
         """
-        arguments: list[dict[str, Any]] = [{} for _ in self.decoder.layers]
 
         def record(index):
             def forward(hidden_states, *args, **kwargs):
                 if args:
-                    raise UserError(f"{self.config.model_type}: blocks take positional arguments, not supported")
-                arguments[index] = kwargs
+                    raise UserError(f"{self.config.model_type}: layers take positional arguments, not supported")
+                self._kwargs[index] = kwargs  # made for a batch of one, good for any batch
                 return hidden_states
 
             return forward
@@ -204,18 +229,4 @@ class SourceModel:
             for layer in self.decoder.layers:
                 del layer.forward
             self.decoder.norm = norm
-        return torch.cat(rows), arguments
-
-    def linear(self, block: nn.Module, name: str) -> nn.Linear:
-        """The linear layer `name` of a block.
-
-        Raises:
-            UserError: if the block has no such layer.
-        """
-        try:
-            layer = block.get_submodule(name)
-        except AttributeError as error:
-            raise UserError(f"{self.config.model_type}: a block has no layer {name}") from error
-        if not isinstance(layer, nn.Linear):
-            raise UserError(f"{self.config.model_type}: {name} is a {type(layer).__name__}, not a linear layer")
-        return layer
+        return torch.cat(rows)

@@ -1,0 +1,199 @@
+"""One decoder layer of the 16-bit model in memory: run it, observe its inputs, install quantized weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bq_kernels.format import QuantConfig
+from bq_kernels.reference import angles_of, dense_weight
+from torch import nn
+
+from .architecture import InputGroup
+from .errors import UserError
+from .sampling import spread_rows
+
+TOKENS_PER_BATCH = 4096
+SAMPLE_TOKENS = 1024  # inputs kept for statistics and for the uniformity term
+_SAMPLE_PER_BATCH = 64
+
+
+class _InputReached(Exception):
+    """Stops a forward pass once the wanted input has been seen."""
+
+
+class InputStatistics:
+    """Running sums over the inputs x of the layers of one group.
+
+    Args:
+        features: K, features of x.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, features: int, device: torch.device):
+        self.tokens = 0
+        self._outer = torch.zeros(features, features, device=device)
+        self._magnitude = torch.zeros(features, device=device)
+        self._rows: list[torch.Tensor] = []
+
+    def add(self, x: torch.Tensor) -> None:
+        """Count inputs x [..., K] in."""
+        x = x.detach().flatten(0, -2).float()
+        self._outer.addmm_(x.T, x)
+        self._magnitude += x.abs().sum(0)
+        self._rows.append(spread_rows(x, _SAMPLE_PER_BATCH).clone())
+        self.tokens += len(x)
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """Mean of x xᵀ over tokens, float32 [K, K]: the Hessian of the layer's squared output error, up to a factor."""
+        return self._outer / self.tokens
+
+    @property
+    def mean_abs(self) -> torch.Tensor:
+        """Mean of |x| over tokens, float32 [K]."""
+        return self._magnitude / self.tokens
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """At most SAMPLE_TOKENS of the inputs, float32 [tokens, K]."""
+        return spread_rows(torch.cat(self._rows), SAMPLE_TOKENS).clone()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder layer.
+
+    Attributes:
+        index: its place in the model.
+        prefix: what the names of its tensors begin with, `model.layers.3.`.
+        module: the layer itself.
+        groups: its linear layers by the input that they share, in the order in which the layer computes them.
+        kwargs: further arguments of its forward pass (positions, masks), good for any batch of one sequence length.
+    """
+
+    index: int
+    prefix: str
+    module: nn.Module
+    groups: tuple[InputGroup, ...]
+    kwargs: dict[str, Any]
+
+    # ---- its linear layers
+
+    def linear(self, name: str) -> nn.Linear:
+        """The linear layer of that name inside the block.
+
+        Raises:
+            UserError: if the block has no such layer, or it is not a linear one.
+        """
+        try:
+            layer = self.module.get_submodule(name)
+        except AttributeError as error:
+            raise UserError(f"{type(self.module).__name__}: there is no layer {name} inside") from error
+        if not isinstance(layer, nn.Linear):
+            raise UserError(f"{type(self.module).__name__}: {name} is a {type(layer).__name__}, not a linear layer")
+        return layer
+
+    def linears(self, group: InputGroup | None = None) -> dict[str, nn.Linear]:
+        """Linear layers by name; of one group, or of all."""
+        groups = self.groups if group is None else (group,)
+        return {name: self.linear(name) for each in groups for name in each.layers}
+
+    def in_features(self, group: InputGroup) -> int:
+        """Features of the input that a group shares."""
+        return self.linear(group.layers[0]).in_features
+
+    def weight(self, group: InputGroup) -> torch.Tensor:
+        """The weights of a group stacked, float32 [N, K]."""
+        return torch.cat([layer.weight.detach() for layer in self.linears(group).values()]).float()
+
+    def set_weight(self, name: str, weight: torch.Tensor) -> None:
+        """Put a dense weight [N, K] in place of a linear layer's, in that one's dtype and on its device."""
+        layer = self.linear(name)
+        layer.weight = nn.Parameter(weight.to(layer.weight).contiguous(), requires_grad=False)
+
+    def install(
+        self, tensors: dict[str, torch.Tensor], config: QuantConfig, groups: Iterable[InputGroup] | None = None
+    ) -> None:
+        """Put the dense equivalent of stored tensors in place of the 16-bit weights: what serving will compute.
+
+        Args:
+            tensors: of the checkpoint, by full name; trained norms may be among them.
+            config: the checkpoint's format.
+            groups: whose layers to install; all by default.
+        """
+        rotation = config.rotation
+        for name, layer in [item for group in groups or self.groups for item in self.linears(group).items()]:
+            stored, block_size = self.prefix + name + ".", rotation.block(name)
+            angles = angles_of(rotation.kind, tensors.get(stored + "angles"), layer.in_features, block_size)
+            packed = tensors[stored + "qweight"], tensors[stored + "scales"], tensors.get(stored + "zeros")
+            self.set_weight(name, dense_weight(*packed, angles, block_size, layer.in_features))
+        for name, tensor in tensors.items():
+            if name.endswith("norm.weight"):
+                norm = self.module.get_submodule(name.removeprefix(self.prefix).removesuffix(".weight"))
+                norm.weight = nn.Parameter(tensor.to(norm.weight), requires_grad=False)
+
+    # ---- running it
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states behind the block for those in front of it, [samples, seqlen, hidden]; differentiable."""
+        output = self.module(hidden, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output  # some architectures return a tuple
+
+    def _batches(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return hidden.split(max(1, TOKENS_PER_BATCH // hidden.shape[1]))
+
+    @torch.no_grad()
+    def run(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states of all samples behind the block, batch by batch and without gradients.
+
+        Args:
+            hidden: [samples, seqlen, hidden].
+            out: where to write them; `hidden` itself runs in place. A new tensor by default.
+        """
+        out = torch.empty_like(hidden) if out is None else out
+        for before, after in zip(self._batches(hidden), self._batches(out), strict=True):
+            after.copy_(self.forward(before))
+        return out
+
+    # ---- observing its inputs
+
+    @contextlib.contextmanager
+    def observe(self, groups: Iterable[InputGroup] | None = None) -> Iterator[dict[InputGroup, InputStatistics]]:
+        """Collect statistics of the inputs of some groups, of all by default, from every pass inside the context."""
+        found, hooks = {}, []
+        for group in groups or self.groups:
+            layer = self.linear(group.layers[0])
+            found[group] = InputStatistics(layer.in_features, layer.weight.device)
+            hooks.append(layer.register_forward_pre_hook(lambda _, args, seen=found[group]: seen.add(args[0])))
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def capture(self, hidden: torch.Tensor, group: InputGroup) -> InputStatistics:
+        """Statistics of one group's inputs; each pass of `hidden` [samples, seqlen, hidden] ends where it reaches them.
+
+        Raises:
+            UserError: if the inputs hold NaN or infinity.
+        """
+
+        def stop(*_):
+            raise _InputReached
+
+        with self.observe((group,)) as found:
+            hook = self.linear(group.layers[0]).register_forward_pre_hook(stop)
+            try:
+                for part in self._batches(hidden):
+                    with contextlib.suppress(_InputReached):
+                        self.forward(part)
+            finally:
+                hook.remove()
+        if not bool(torch.isfinite(found[group].mean_abs).all()):
+            raise UserError(f"block {self.index}, {group.name}: the inputs hold NaN or infinity; is the model sound?")
+        return found[group]
