@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # commands read the allowed values from here before they load torch
+    import torch
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "butterfly"
@@ -41,8 +42,18 @@ class TensorSpec:
             raise FormatError(
                 f"{name}: expected {self.dtype} {list(self.shape)}, found {tensor.dtype} {list(tensor.shape)}"
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise FormatError(f"{name}: holds NaN or infinity; the checkpoint is damaged, write or download it again")
+
+
+def largest_code(bits: int) -> int:
+    """Largest code of a `bits`-bit weight; codes are the integers 0 … largest_code(bits)."""
+    return (1 << bits) - 1
+
+
+def midrise_zero(bits: int) -> float:
+    """Zero point of mid-rise levels, the middle of the codes: levels s·(q − z) are symmetric and never 0."""
+    return largest_code(bits) / 2
 
 
 def split_block(block_size: int) -> tuple[int, int]:
@@ -216,6 +227,8 @@ class QuantConfig:
         Raises:
             FormatError: if the group or the rotation block does not divide K.
         """
+        import torch
+
         group = self.group(in_features)
         if in_features % group or in_features % GROUP_MULTIPLE:
             raise FormatError(

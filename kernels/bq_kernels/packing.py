@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from .format import largest_code
+
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack integer codes along the last dimension.
 
     Args:
-        codes: [..., K] integers in [0, 2**bits); K·bits must be a multiple of 32.
+        codes: [..., K] integers in [0, largest_code(bits)]; K·bits must be a multiple of 32.
         bits: bits per code.
 
     Returns:
@@ -21,7 +23,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     columns = codes.shape[-1]
     if columns * bits % 32:
         raise ValueError(f"{columns} codes of {bits} bits do not fill whole 32-bit words")
-    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) > largest_code(bits)):
         raise ValueError(f"codes must lie in [0, {1 << bits})")
     stream = (codes.unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1
     words = stream.reshape(*codes.shape[:-1], columns * bits // 32, 32).to(torch.int64)
@@ -31,7 +33,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of `pack`: int32 [..., W] words to uint8 [..., 32·W/bits] codes."""
-    mask = (1 << bits) - 1
+    mask = largest_code(bits)
     if 32 % bits == 0:
         shifts = torch.arange(0, 32, bits, device=packed.device, dtype=torch.int32)
         return ((packed.unsqueeze(-1) >> shifts) & mask).flatten(-2).to(torch.uint8)

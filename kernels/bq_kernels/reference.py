@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .format import num_angles, split_block
+from .format import BITS, midrise_zero, num_angles, split_block
 from .packing import unpack
 
 
@@ -141,23 +141,35 @@ def layout_of(qweight: torch.Tensor, scales: torch.Tensor, in_features: int) -> 
         ValueError: if no supported layout fits the shapes.
     """
     bits, rest = divmod(qweight.shape[-1] * 32, in_features)
-    if rest or bits not in (2, 3, 4) or scales.shape[-1] == 0 or in_features % scales.shape[-1]:
+    if rest or bits not in BITS or scales.shape[-1] == 0 or in_features % scales.shape[-1]:
         raise ValueError(
             f"qweight {list(qweight.shape)} and scales {list(scales.shape)} do not fit {in_features} input features"
         )
     return bits, in_features // scales.shape[-1]
 
 
+def zero_point(zeros: torch.Tensor | None, bits: int) -> torch.Tensor | float:
+    """z of W′ = s·(q − z), to subtract from codes [..., N, groups, group size].
+
+    Args:
+        zeros: stored zero points [..., N, groups], any float dtype; None for mid-rise levels.
+        bits: bits per code.
+
+    Returns:
+        float32 [..., N, groups, 1], or `midrise_zero(bits)`.
+    """
+    return midrise_zero(bits) if zeros is None else zeros.float().unsqueeze(-1)
+
+
 def levels(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
     """s·(q − z) in float32 for codes [N, groups, group], scales and zeros [N, groups]; None: mid-rise."""
-    zero = (2**bits - 1) / 2 if zeros is None else zeros.float().unsqueeze(-1)
-    return scales.float().unsqueeze(-1) * (codes - zero)
+    return scales.float().unsqueeze(-1) * (codes - zero_point(zeros, bits))
 
 
 def dequantize(
     qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, in_features: int
 ) -> torch.Tensor:
-    """W′ = s·(q − z) in float32 [N, K]; z = (2^bits − 1)/2 when `zeros` is None (mid-rise)."""
+    """W′ = s·(q − z) in float32 [N, K]; mid-rise levels where `zeros` is None."""
     bits, group = layout_of(qweight, scales, in_features)
     return levels(unpack(qweight, bits).float().unflatten(-1, (-1, group)), scales, zeros, bits).flatten(-2)
 

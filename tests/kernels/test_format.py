@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,6 +9,8 @@ from bq_kernels.format import (
     QuantConfig,
     RotationConfig,
     TensorSpec,
+    largest_code,
+    midrise_zero,
     num_angles,
     split_block,
 )
@@ -42,6 +46,16 @@ def test_round_trip(data):
     parsed = QuantConfig.from_dict(json.loads(json.dumps(data)))
     assert parsed.to_dict() == data
     assert QuantConfig.from_dict(parsed.to_dict()) == parsed
+
+
+def test_import_without_torch():
+    code = "import sys, bq_kernels.format; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("bits", "largest", "zero"), [(2, 3, 1.5), (3, 7, 3.5), (4, 15, 7.5)])
+def test_codes(bits, largest, zero):
+    assert (largest_code(bits), midrise_zero(bits)) == (largest, zero)
 
 
 def test_modules_to_not_convert_may_be_left_out():

@@ -10,7 +10,7 @@ BLOCKS = [1, 2, 3, 8, 9, 12, 20, 32, 36, 48]  # 2ᵏ·m with m = 1, 3, 5, 9
 
 
 def dense_block(angles, k, m):
-    """Q of one block in float64: the product of its Givens matrices, as DESIGN section 2 writes it; differentiable."""
+    """Q of one block in float64: the product of its Givens matrices, layer by layer; differentiable."""
     run, angle = 2**k, iter(angles.double())
     q = torch.eye(m * run, dtype=torch.float64)
 
