@@ -1,1 +1,139 @@
-"""From a Hugging Face causal LM to a butterfly checkpoint: calibration, evaluation and analysis. Never imports vLLM."""
+"""From a Hugging Face causal LM to a butterfly checkpoint: calibration, evaluation and inspection.
+
+`calibrate`, `evaluate` and `inspect` are the commands `bq-calibrate`, `bq-eval` and `bq-inspect` as functions.
+Importing this package loads neither torch nor transformers; the first call does.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+try:
+    __version__ = version("bq-vllm")
+except PackageNotFoundError:  # used from a source folder on PYTHONPATH
+    __version__ = "unknown"
+
+__all__ = ["calibrate", "evaluate", "inspect"]
+
+
+def calibrate(
+    model: str,
+    out: str,
+    recipe: str = "fast",
+    *,
+    device: str = "auto",
+    compute_dtype: str = "auto",
+    resume: bool = False,
+    plots: bool = True,
+    progress: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Turn a Hugging Face causal LM into a 2–4-bit butterfly checkpoint that vLLM serves.
+
+    Progress is logged to `OUT.log` and through the logger `bq_calibration`, a line per decoder layer.
+
+    >>> from bq_calibration import calibrate
+    >>> report = calibrate("tiny-llama", "tiny-llama-bq2", dataset="text.txt", samples=4, seqlen=32, group_size=32,
+    ...                    rotation_block=32)
+    >>> 2 < report["totals"]["bits_per_weight"] < 5
+    True
+
+    Args:
+        model: folder of the 16-bit model, or its name on the hub.
+        out: folder to write; must not exist.
+        recipe: `fast`, `best` or `paper`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
+        compute_dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        resume: go on where an interrupted run stopped.
+        plots: draw pictures of the report into the checkpoint.
+        progress: show progress bars on stderr.
+        **settings: fields of `recipes.Recipe` that replace the recipe's.
+
+    Returns:
+        the report, as in `bq_report.json`.
+
+    Raises:
+        UserError: when the model, a setting or the output folder will not do; the message says what to do.
+    """
+    from .console import check_device, make_progress
+    from .recipes import make_recipe
+
+    chosen = make_recipe(recipe, settings)
+    from .pipeline import Calibration
+
+    run = Calibration(model, out, chosen, check_device(device), resume, plots, compute_dtype)
+    with make_progress(progress) as bars:
+        return run.run(bars)
+
+
+def evaluate(
+    model: str,
+    *,
+    perplexity: str | None = None,
+    context: int = 2048,
+    windows: int | None = None,
+    tasks: str | None = None,
+    include_path: str | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    compute_dtype: str = "auto",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Perplexity and zero-shot accuracy of a butterfly checkpoint or a 16-bit model.
+
+    >>> from bq_calibration import evaluate
+    >>> result = evaluate("tiny-llama", perplexity="text.txt", context=64, windows=4)
+    >>> result["perplexity"]["windows"], result["perplexity"]["value"] > 1
+    (4, True)
+
+    Args:
+        model: folder or hub name.
+        perplexity: `wikitext2`, `c4`, or a .txt, .jsonl or .parquet file.
+        context: tokens per window.
+        windows: only the first windows; all by default.
+        tasks: lm-eval tasks, separated by commas.
+        include_path: folder of further lm-eval task files.
+        limit: only the first documents of each task.
+        device: as for `calibrate`.
+        compute_dtype: as for `calibrate`.
+        progress: show progress bars on stderr.
+
+    Returns:
+        `model`, `dtype`, and `perplexity` and `tasks` where asked for.
+
+    Raises:
+        UserError: if there is nothing to measure, or the model, the data or a task will not do.
+    """
+    from .console import check_device, make_progress
+    from .errors import UserError
+
+    if not perplexity and not tasks:
+        raise UserError("nothing to do: give --perplexity and/or --tasks")
+    from .evaluation import Evaluator
+
+    with make_progress(progress) as bars:
+        evaluator = Evaluator(model, compute_dtype, check_device(device))
+        results: dict[str, Any] = {"model": model, "dtype": str(evaluator.model.dtype).removeprefix("torch.")}
+        if perplexity:
+            results["perplexity"] = evaluator.perplexity(perplexity, context, windows, bars)
+    if tasks:
+        results["tasks"] = evaluator.tasks(tasks.split(","), include_path, limit)
+    return results
+
+
+def inspect(checkpoint: str) -> dict[str, Any]:
+    """Verify every tensor of a checkpoint; its schema, sizes, bits per weight and the report of its run.
+
+    >>> from bq_calibration import inspect
+    >>> inspect("tiny-llama-bq2")["quantization_config"]["bits"]
+    2
+
+    Raises:
+        UserError: naming the first tensor that breaks the format.
+    """
+    from pathlib import Path
+
+    from .inspection import describe
+
+    return describe(Path(checkpoint))

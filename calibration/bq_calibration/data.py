@@ -8,10 +8,34 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
+from transformers import AutoModelForCausalLM
 
 from .errors import UserError
+from .model import SourceModel
+from .recipes import Recipe
 
 _LOCAL = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def dataset_name(datasets: str) -> str:
+    """Data sets as reports name them: of files, the last folder and the name, never a whole path."""
+    return ",".join("/".join(Path(part).parts[-2:]) for part in datasets.split(","))
+
+
+def gather_tokens(source: SourceModel, recipe: Recipe, progress: Progress) -> torch.Tensor:
+    """The calibration tokens of a run, int64 [samples, seqlen]; those that are held out come last.
+
+    Raises:
+        UserError: if the data is missing, unreadable or too short.
+    """
+    count = recipe.samples
+    if recipe.trains:
+        count = max(count, recipe.train_samples) + recipe.held_out
+    tokenizer = source.tokenizer()
+    if recipe.dataset != "self":
+        return calibration_tokens(tokenizer, recipe.dataset, count, recipe.seqlen, recipe.seed)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.dtype).to(source.device).eval()
+    return sampled_tokens(model, tokenizer, count, recipe.seqlen, recipe.seed, progress)
 
 
 def load_documents(dataset: str, split: str) -> list[str]:

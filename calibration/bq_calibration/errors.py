@@ -1,4 +1,12 @@
-"""The one error that the commands show to a user without a traceback."""
+"""The errors that the commands show to a user without a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -7,3 +15,13 @@ class UserError(Exception):
 
 class WriteError(UserError):
     """A file could not be written; the message names it and says why."""
+
+
+@contextlib.contextmanager
+def explain_write(path: Path) -> Iterator[None]:
+    """Turn a failed write (no space, no permission, a file-size limit) into a WriteError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = "no space left on the device" if "No space left" in str(error) else str(error)
+        raise WriteError(f"{path}: could not be written: {reason}") from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from bq_kernels import reference
+from bq_kernels.format import largest_code, midrise_zero
 from bq_kernels.packing import pack
 from bq_kernels.reference import levels
 
@@ -43,8 +45,8 @@ class Quantized:
 
 
 def _nearest(w, scales, zeros, bits):
-    zero = (2**bits - 1) / 2 if zeros is None else zeros.float().unsqueeze(-1)
-    return (w / scales.float().unsqueeze(-1) + zero).round().clamp(0, 2**bits - 1)
+    zero = reference.zero_point(zeros, bits)
+    return (w / scales.float().unsqueeze(-1) + zero).round().clamp(0, largest_code(bits))
 
 
 def search_scale(
@@ -64,7 +66,7 @@ def search_scale(
     Returns:
         scales float16 [N, groups]; zeros float16 [N, groups], or None for mid-rise.
     """
-    top = 2**bits - 1
+    top, middle = largest_code(bits), midrise_zero(bits)
     h = torch.ones(1, *w.shape[1:], device=w.device) if importance is None else importance[None]
     if zero_point == "midrise":
         reach = w.abs().amax(-1)
@@ -88,13 +90,13 @@ def search_scale(
             keep_better(clip * reach * 2 / top, None)
         else:
             scale = clip * (high - low) / top
-            centre = top / 2 - (high + low) / 2 / scale.clamp(min=_SMALLEST)
+            centre = middle - (high + low) / 2 / scale.clamp(min=_SMALLEST)
             for shift in _ZERO_SHIFTS:
                 keep_better(scale, centre + shift)
     for _ in range(4):
         codes = _nearest(w, scales, zeros, bits)
         if zero_point == "midrise":
-            centred = codes - top / 2
+            centred = codes - middle
             keep_better((h * w * centred).sum(-1) / (h * centred * centred).sum(-1), None)
         else:
             total = h.sum(-1)
@@ -133,16 +135,17 @@ def round_gptq(w: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, ze
     factor = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
     pivot = factor.diagonal()
     columns = w.T.clone()
-    codes = torch.empty_like(columns, dtype=torch.uint8)
+    codes, top = torch.empty_like(columns, dtype=torch.uint8), largest_code(bits)
     all_scales, all_zeros = [], []
     for start in range(0, len(columns), group):
         stop = start + group
         part, errors = columns[start:stop], torch.empty_like(columns[start:stop])
         importance = pivot[start:stop].square().reciprocal()[None]
         scales, zeros = search_scale(part.T[:, None], bits, zero_point, importance)
-        scale, zero = scales[:, 0].float(), (2**bits - 1) / 2 if zeros is None else zeros[:, 0].float()
+        scale = scales[:, 0].float()
+        zero = midrise_zero(bits) if zeros is None else zeros[:, 0].float()
         for j in range(group):
-            code = (part[j] / scale + zero).round_().clamp_(0, 2**bits - 1)
+            code = (part[j] / scale + zero).round_().clamp_(0, top)
             codes[start + j] = code
             errors[j] = (part[j] - scale * (code - zero)) / pivot[start + j]
             part[j + 1 :] -= factor[start + j, start + j + 1 : stop, None] * errors[j]
@@ -177,16 +180,16 @@ def refine(q: Quantized, w: torch.Tensor, hessian: torch.Tensor, sweeps: int) ->
 
 def _descend_codes(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quantized:
     group = w.shape[1] // q.scales.shape[1]
-    codes, rounded, top = q.codes.T.contiguous(), q.weight().T.contiguous(), 2**q.bits - 1
+    codes, rounded, top = q.codes.T.contiguous(), q.weight().T.contiguous(), largest_code(q.bits)
     pull = hessian @ (w.T - rounded)  # −½ gradient by every weight
     for start in range(0, w.shape[1], group):
         part = slice(start, start + group)
         scale = q.scales[:, start // group].float()
-        zero = top / 2 if q.zeros is None else q.zeros[:, start // group].float()
+        zero = midrise_zero(q.bits) if q.zeros is None else q.zeros[:, start // group].float()
         local, near, before = pull[part].clone(), hessian[part, part], rounded[part].clone()
         for j in range(group):
-            wanted = rounded[start + j] + local[j] / near[j, j]
-            code = (wanted / scale + zero).round_().clamp_(0, top)
+            target = rounded[start + j] + local[j] / near[j, j]
+            code = (target / scale + zero).round_().clamp_(0, top)
             value = scale * (code - zero)
             local -= near[:, j, None] * (value - rounded[start + j])
             codes[start + j], rounded[start + j] = code, value
@@ -204,10 +207,10 @@ def _solve_scales(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quant
 
 def _solve_rows(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quantized:
     (rows, columns), groups = w.shape, q.scales.shape[1]
-    group, top = columns // groups, 2**q.bits - 1
+    group, middle = columns // groups, midrise_zero(q.bits)
     codes = q.codes.float().view(rows, groups, group)
-    # a row is Σ over parts of coefficient · basis: centred codes by s, and with float zeros also ones by −s·(z − top/2)
-    bases = [codes - top / 2] if q.zeros is None else [codes - top / 2, torch.ones_like(codes)]
+    # a row is Σ over groups of coefficient · basis: centred codes by s, and with float zeros ones by −s·(z − middle)
+    bases = [codes - middle] if q.zeros is None else [codes - middle, torch.ones_like(codes)]
     blocks = hessian.view(groups, group, columns)
     projected = [torch.einsum("ngi,gik->ngk", basis, blocks) for basis in bases]  # basis · H, [N, groups, K]
     normal = torch.cat(
@@ -225,7 +228,7 @@ def _solve_rows(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quantiz
     new_scales = torch.where(usable, scales, q.scales.float()).clamp(_SMALLEST, 65504.0).half()
     new_zeros = q.zeros
     if q.zeros is not None:
-        zeros = top / 2 - solution[:, groups:] / scales
+        zeros = middle - solution[:, groups:] / scales
         usable &= zeros.abs() < 1e4
         new_scales = torch.where(usable, new_scales, q.scales)
         new_zeros = torch.where(usable, zeros, q.zeros.float()).half()

@@ -1,62 +1,84 @@
-"""What a calibration run is told: every setting with its name on the command line, and the named recipes."""
+"""The settings of a calibration run, each a flag of `bq-calibrate`, and the named recipes.
+
+Nothing here imports torch: the flags of the command are generated from `Recipe`, and help has to be quick.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from bq_kernels.format import FormatError, QuantConfig, RotationConfig
+from bq_kernels.format import BITS, ROTATION_KINDS, ZERO_POINTS, FormatError, QuantConfig, RotationConfig
 
 from .architecture import InputGroup
 from .errors import UserError
 
+FORMAT, ROTATION, ROUNDING, TRAINING, DATA = "Format", "Rotation", "Rounding", "Training", "Data"  # sections of --help
+
+
+def _setting(
+    default: Any,
+    section: str,
+    text: str,
+    *,
+    choices: tuple = (),
+    least: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A field of Recipe: its default, its section and text in --help, and the values that it takes."""
+    metadata = {"section": section, "text": text, "choices": choices, "least": least, "above": above}
+    return dataclasses.field(default=default, metadata=metadata)
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a run; each is a flag of `bq-calibrate`.
+    """Settings of a run; each is a flag of `bq-calibrate` with `-` for `_`."""
 
-    Attributes:
-        target_bpw: bits a weight, all that is stored counted, up to which layers get more than `bits`, by sensitivity.
-        rotation_block: features that a rotation mixes; None stands for the full width of the input.
-        objective: what the angles minimise: `output`, the paper's ‖W x − W′_q Q x‖² through a straight-through
-            quantizer, or `gptq`, the error to expect of GPTQ.
-        uniformity: weight λ of the paper's uniformity term.
-        refine: sweeps of coordinate descent over codes and least squares for scales after rounding.
-        reconstruct: steps of training of a decoder block after it is rounded: codes, scales, zeros, angles, norms.
-        finetune: steps of end-to-end training of the same, once all blocks are done. Holds 18 bytes a weight.
-        distill: steps of end-to-end training of all but the codes, at the end. Holds packed codes and 20 bytes
-            a group.
-        samples: sequences that rounding looks at.
-        train_samples: sequences for training, of blocks and end to end, those of `samples` among them.
-        held_out: further sequences, never trained on, on which the report measures what training gains.
-        tensor_parallel: rotation blocks and groups of row-parallel layers stay inside a shard at this many GPUs.
-    """
-
-    bits: int = 2
-    target_bpw: float | None = None
-    group_size: int = 64
-    zero_point: str = "midrise"
-    rotation: str = "butterfly"
-    rotation_block: int | None = 64
-    init: str = "hadamard"
-    objective: str = "output"
-    optimizer: str = "adam"
-    lr: float = 0.01
-    steps: int = 60
-    uniformity: float = 0.0
-    rounding: str = "gptq"
-    refine: int = 0
-    reconstruct: int = 0
-    finetune: int = 0
-    distill: int = 0
-    tensor_parallel: int = 1
-    dataset: str = "c4"
-    samples: int = 128
-    train_samples: int = 128
-    held_out: int = 8
-    seqlen: int = 2048
-    seed: int = 0
+    bits: int = _setting(2, FORMAT, "Bits per weight code.", choices=BITS)
+    target_bpw: float | None = _setting(
+        None, FORMAT, "Bits per weight, all that is stored counted, up to which sensitive layers get more bits."
+    )
+    group_size: int = _setting(64, FORMAT, "Columns that share a scale; -1 for the whole row.")
+    zero_point: str = _setting(
+        "midrise", FORMAT, "Levels: symmetric ones without a zero, or a float zero per group.", choices=ZERO_POINTS
+    )
+    tensor_parallel: int = _setting(
+        1, FORMAT, "GPUs: rotation blocks and groups stay inside the shards of row-parallel layers.", least=1
+    )
+    rotation: str = _setting("butterfly", ROTATION, "Kind of rotation.", choices=ROTATION_KINDS)
+    rotation_block: int | None = _setting(64, ROTATION, "Features that a rotation mixes, or full.")
+    init: str = _setting(
+        "hadamard", ROTATION, "Angles that learning starts from.", choices=("identity", "hadamard", "random")
+    )
+    objective: str = _setting(
+        "output",
+        ROTATION,
+        "The angles minimise the output error (the paper's) or the error to expect of GPTQ.",
+        choices=("output", "gptq"),
+    )
+    optimizer: str = _setting("adam", ROTATION, "Adam, or SGD with a cosine schedule.", choices=("adam", "sgd"))
+    lr: float = _setting(0.01, ROTATION, "Learning rate of the angles.", above=0)
+    steps: int = _setting(60, ROTATION, "Most steps of learning per rotation.", least=0)
+    uniformity: float = _setting(0.0, ROTATION, "Weight λ of the paper's uniformity term.")
+    rounding: str = _setting("gptq", ROUNDING, "To the nearest level, or with error feedback.", choices=("rtn", "gptq"))
+    refine: int = _setting(0, ROUNDING, "Sweeps that refine codes and scales after rounding.", least=0)
+    reconstruct: int = _setting(
+        0, TRAINING, "Block-wise QAT (Block-AP): steps per decoder layer; 18 bytes per weight of one layer.", least=0
+    )
+    finetune: int = _setting(
+        0, TRAINING, "End-to-end QAT: steps, codes included; 18 bytes per weight of the model.", least=0
+    )
+    distill: int = _setting(
+        0, TRAINING, "End-to-end training of all but the codes (E2E-QP): steps; 0.6 bytes per weight.", least=0
+    )
+    dataset: str = _setting("c4", DATA, "wikitext2, c4, self, a .txt/.jsonl/.parquet file; or several: A,B.")
+    samples: int = _setting(128, DATA, "Sequences for rounding.", least=1)
+    train_samples: int = _setting(128, DATA, "Sequences for training, those for rounding among them.", least=1)
+    held_out: int = _setting(8, DATA, "Further sequences on which the report measures what training gains.", least=0)
+    seqlen: int = _setting(2048, DATA, "Tokens per sequence.", least=2)
+    seed: int = _setting(0, DATA, "Seed of everything random.")
 
     @property
     def trains(self) -> bool:
@@ -74,7 +96,7 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    # what is best within a few minutes on two cores
+    # the most accurate within a few minutes on two cores
     "fast": Recipe(refine=4, samples=64, seqlen=512),
     # every block rounded behind a Hadamard and then trained, codes and all; then all but the codes end to end. Angles
     # that are learned and trained too end no lower, so their bits are saved
@@ -95,46 +117,33 @@ RECIPES: dict[str, Recipe] = {
         uniformity=0.1,
     ),
 }
-CHOICES = {
-    "bits": (2, 3, 4),
-    "zero_point": ("midrise", "float"),
-    "rotation": ("butterfly", "hadamard", "none"),
-    "init": ("identity", "hadamard", "random"),
-    "objective": ("output", "gptq"),
-    "optimizer": ("adam", "sgd"),
-    "rounding": ("rtn", "gptq"),
-}
+
+
+def flag(field: str) -> str:
+    """The flag of a setting."""
+    return "--" + field.replace("_", "-")
 
 
 def make_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     """A named recipe with some settings replaced.
 
     Raises:
-        UserError: for an unknown recipe or a value that a setting does not take.
+        UserError: for an unknown recipe or setting, or a value that a setting does not take.
     """
     if name not in RECIPES:
         raise UserError(f"--recipe {name}: unknown; known are {', '.join(RECIPES)}")
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    if unknown := sorted(set(overrides) - set(fields)):
+        raise UserError(f"{flag(unknown[0])}: no such setting; known are {', '.join(map(flag, fields))}")
     recipe = dataclasses.replace(RECIPES[name], **overrides)
-    for field, allowed in CHOICES.items():
-        if getattr(recipe, field) not in allowed:
-            flag = field.replace("_", "-")
-            raise UserError(f"--{flag} {getattr(recipe, field)}: expected one of {', '.join(map(str, allowed))}")
-    for field, least in {
-        "samples": 1,
-        "seqlen": 2,
-        "steps": 0,
-        "refine": 0,
-        "reconstruct": 0,
-        "finetune": 0,
-        "distill": 0,
-        "train_samples": 1,
-        "held_out": 0,
-        "tensor_parallel": 1,
-    }.items():
-        if getattr(recipe, field) < least:
-            raise UserError(f"--{field.replace('_', '-')}: expected at least {least}")
-    if not recipe.lr > 0:
-        raise UserError("--lr: expected a positive number")
+    for field in fields.values():
+        value, allowed = getattr(recipe, field.name), field.metadata
+        if allowed["choices"] and value not in allowed["choices"]:
+            raise UserError(f"{flag(field.name)} {value}: expected one of {', '.join(map(str, allowed['choices']))}")
+        if allowed["least"] is not None and value < allowed["least"]:
+            raise UserError(f"{flag(field.name)} {value}: expected at least {allowed['least']}")
+        if allowed["above"] is not None and not allowed["above"] < value < math.inf:
+            raise UserError(f"{flag(field.name)} {value}: expected a number above {allowed['above']}")
     return recipe
 
 
@@ -158,10 +167,11 @@ def quant_config(recipe: Recipe, widths: dict[InputGroup, int]) -> QuantConfig:
                 f"--tensor-parallel {recipe.tensor_parallel} does not divide {width} inputs of {group.name}"
             )
         block = recipe.rotation_block or shards[group]
-        for what, size in (("--rotation-block", block), ("--group-size", recipe.group_size)):
-            if size > 0 and shards[group] % size and not (what == "--rotation-block" and recipe.rotation == "none"):
+        sizes = {"--group-size": recipe.group_size} | ({} if recipe.rotation == "none" else {"--rotation-block": block})
+        for name, size in sorted(sizes.items(), reverse=True):
+            if size > 0 and shards[group] % size:
                 shard = f" ({width} / {recipe.tensor_parallel} in a shard)" if shards[group] != width else ""
-                raise UserError(f"{what} {size} does not divide the {shards[group]} inputs of {group.name}{shard}")
+                raise UserError(f"{name} {size} does not divide the {shards[group]} inputs of {group.name}{shard}")
         for layer in group.layers:
             table[layer.rsplit(".", 1)[-1]] = block
     sizes = list(table.values())

@@ -1,65 +1,64 @@
-"""Block-wise training: a quantized decoder block learns to give what the 16-bit model gives at the same place.
+"""Block-wise quantization-aware training: a quantized decoder layer learns to give the 16-bit layer's output.
 
 After EfficientQAT (arXiv 2407.11062), its Block-AP: codes through a straight-through quantizer, scales and zeros; here
-the angles of the rotations and the norms as well. One block is in memory at a time, at 18 bytes a weight.
+the angles of the rotations and the norms as well. One layer is in memory at a time, at 18 bytes per weight.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bq_kernels.format import QuantConfig
 from rich.progress import Progress
-from torch import nn
 
-from .model import SourceModel, block_output
+from .block import Block
+from .model import SourceModel
+from .recipes import Recipe
+from .sampling import batch_of, derive_seed
 from .student import Trainable
-from .train import batch_of, train
+from .train import train
 
-TOKENS_A_STEP = 512
-RATES = {"codes": 1e-2, "factors": 1e-2, "zeros": 1e-2, "angles": 5e-3, "norms": 5e-4}
+TOKENS_PER_STEP = 512
+RATES = {"codes": 1e-2, "scales": 1e-2, "zeros": 1e-2, "angles": 5e-3, "norms": 5e-4}
 
 
-def block_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def block_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Relative squared error plus mean 1 − cosine, [..., hidden] each.
 
     A few tokens have outputs hundreds of times as large as the others' and make up the squared error nearly alone; the
     cosine looks at all tokens alike.
     """
-    found, wanted = found.float(), wanted.float()
-    squared = (found - wanted).square().sum() / wanted.square().sum()
-    return squared + (1 - F.cosine_similarity(found, wanted, dim=-1)).mean()
+    output, target = output.float(), target.float()
+    squared = (output - target).square().sum() / target.square().sum()
+    return squared + (1 - F.cosine_similarity(output, target, dim=-1)).mean()
 
 
-def reconstruct(
+def train_block(
     source: SourceModel,
     config: QuantConfig,
-    block: nn.Module,
-    index: int,
+    block: Block,
     tensors: dict[str, torch.Tensor],
     inputs: torch.Tensor,
     targets: torch.Tensor,
-    arguments: dict[str, Any],
     steps: int,
     seed: int,
     progress: Progress,
     rates: dict[str, float] = RATES,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Train one block: codes, scales, zeros, angles, norms.
+    """Train codes, scales, zeros, angles and norms of one block.
 
     Args:
         source: the 16-bit model.
         config: the checkpoint's format.
-        block: decoder block `index`; left as it is.
-        index: its place.
+        block: left as it is.
         tensors: the block's part of the checkpoint so far.
-        inputs: what the quantized model sends into the block, [samples, seqlen, hidden].
-        targets: what the 16-bit model gives behind it, so that what went wrong before is corrected too.
-        arguments: further arguments of the block's forward.
-        steps: of the optimizer, TOKENS_A_STEP tokens each.
+        inputs: hidden states that the quantized model sends into the block, [samples, seqlen, hidden].
+        targets: hidden states that the 16-bit model gives behind it, so that earlier errors are corrected too.
+        steps: of the optimizer, TOKENS_PER_STEP tokens each.
         seed: of the order of the samples.
         progress: shows a bar.
         rates: peak Adam learning rates by kind of parameter.
@@ -68,18 +67,60 @@ def reconstruct(
         the block's part of the checkpoint, trained norms included, and the loss at every step.
     """
     trainable = Trainable(source, config, train_codes=True)
-    trained = copy.deepcopy(block).float().requires_grad_(False)
-    trainable.replace_linears(trained, index, tensors)
-    trainable.replace_norms(trained, source.block_prefix(index))
-    batch = max(1, TOKENS_A_STEP // inputs.shape[1])
+    trained = dataclasses.replace(block, module=copy.deepcopy(block.module).float().requires_grad_(False))
+    trainable.replace_linears(trained, tensors)
+    trainable.replace_norms(trained.module, block.prefix)
+    batch = max(1, TOKENS_PER_STEP // inputs.shape[1])
 
     def step_loss(step: int) -> float:
         rows = batch_of(step, batch, len(inputs), seed)
-        with torch.autocast(source.device.type, torch.bfloat16):
-            output = block_output(trained, inputs[rows].float(), arguments)
+        with trainable.autocast():
+            output = trained.forward(inputs[rows].float())
         loss = block_loss(output, targets[rows])
         loss.backward()
         return loss.item()
 
-    losses = train(trainable.parameters(), rates, steps, step_loss, trainable.hold, None, progress, f"block {index}")
+    title = f"block {block.index}"
+    losses = train(trainable.parameters(), rates, steps, step_loss, trainable.clamp_codes, None, progress, title)
     return trainable.tensors(), losses
+
+
+def reconstruct(
+    source: SourceModel,
+    config: QuantConfig,
+    recipe: Recipe,
+    block: Block,
+    tensors: dict[str, torch.Tensor],
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    progress: Progress,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Train a block that has been rounded, install the result, and measure the gain on the recipe's held-out samples.
+
+    Args:
+        source: the 16-bit model.
+        config: the checkpoint's format.
+        recipe: settings of the run.
+        block: with its rounded weights installed.
+        tensors: the block's part of the checkpoint so far.
+        inputs: hidden states in front of the block, quantized model; the last `held_out` samples are not trained on.
+        targets: hidden states behind it, 16-bit model.
+        progress: shows a bar.
+
+    Returns:
+        the block's part of the checkpoint, and for the report the losses.
+    """
+    count = len(inputs) - recipe.held_out
+
+    def held_out_loss() -> float:
+        return block_loss(block.run(inputs[count:]), targets[count:]).item()
+
+    before = held_out_loss() if recipe.held_out else None
+    seed = derive_seed(recipe.seed, block.index)
+    data = inputs[:count], targets[:count]
+    tensors, losses = train_block(source, config, block, tensors, *data, recipe.reconstruct, seed, progress)
+    block.install(tensors, config)
+    report: dict[str, Any] = {"losses": losses}
+    if before is not None:
+        report["held_out_loss"] = [before, held_out_loss()]
+    return tensors, report

@@ -1,29 +1,81 @@
-"""Which layers deserve more bits: what the model loses, in nats a token, by a layer's rounding to 2, 3 or 4 bits.
+"""Mixed bits: which layers deserve more, by the nats per token that the model loses when a layer is rounded.
 
 To second order KL(16-bit ‖ quantized) is ½ E[(g·δ)²], δ the error of a layer's output and g the gradient of the loss at
 tokens drawn from the model itself (the Fisher information). With outputs taken as independent that is
-½ Σᵢ E[gᵢ²] (E H Eᵀ)ᵢᵢ, E the error of the weight and H the mean of x xᵀ. One pass forward and one back, a decoder block
-in memory at a time, give g and H of every layer.
+½ Σᵢ E[gᵢ²] (E H Eᵀ)ᵢᵢ, E the error of the weight and H the mean of x xᵀ. One pass forward and one back, a decoder layer
+in memory at a time, give g and H of every linear layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from bq_kernels.format import BITS
+from bq_kernels.format import BITS, QuantConfig
+from bq_kernels.reference import hadamard_angles
 from rich.progress import Progress
-from torch import nn
 
 from .architecture import InputGroup
-from .model import SourceModel, block_output
+from .block import Block
+from .errors import UserError
+from .model import SourceModel
+from .quantize_block import rotated, round_weight
+from .recipes import Recipe
+from .rotation import MOST_ROWS
+from .sampling import spread_rows
 
 SAMPLES = 8  # sequences that are looked at
 _ROWS = 256  # tokens whose logits are in memory at a time
 Losses = dict[tuple[int, InputGroup], dict[int, float]]
-# (weight [N, K], hessian [K, K], group, bits) -> rounded weight minus weight, in a basis where hessian holds too
+# (rows of a weight [rows, K], hessian [K, K], group, bits) -> rounded rows minus rows, and the Hessian in their basis
 RoundingError = Callable[[torch.Tensor, torch.Tensor, InputGroup, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def mixed_bits(
+    source: SourceModel, config: QuantConfig, recipe: Recipe, tokens: torch.Tensor, progress: Progress
+) -> dict[str, int]:
+    """Bits of the layers that get more than the recipe's, by full name, so that `target_bpw` is spent.
+
+    Args:
+        source: the 16-bit model.
+        config: the checkpoint's format without mixed bits.
+        recipe: settings of the run; layers are rounded as it says, behind a Hadamard where it rotates.
+        tokens: int64 [samples, seqlen].
+
+    Raises:
+        UserError: if the budget does not suffice for the recipe's own bits.
+    """
+    block = source.empty_block(0)
+    weights, stored = {}, 0
+    for group in block.groups:
+        layers = block.linears(group)
+        weights[group] = sum(layer.in_features * layer.out_features for layer in layers.values())
+        for name, layer in layers.items():
+            for suffix, spec in config.tensors(name, layer.in_features, layer.out_features).items():
+                if suffix != "angles" or name == group.layers[0]:
+                    stored += math.prod(spec.shape) * spec.dtype.itemsize * 8
+    budget = (recipe.target_bpw * sum(weights.values()) - stored) * source.num_blocks
+    if budget < 0:
+        least = stored / sum(weights.values())
+        raise UserError(f"--target-bpw {recipe.target_bpw}: {config.bits} bits alone, all counted, take {least:.3f}")
+
+    def rounding_error(rows, hessian, group, bits):
+        angles, block_size = None, config.rotation.block(group.layers[0])
+        if config.rotation.kind != "none":
+            angles = hadamard_angles(rows.shape[1], block_size, source.device)
+        rows, hessian = rotated(rows, hessian, angles, block_size)
+        return round_weight(rows, hessian, bits, config, recipe).weight() - rows, hessian
+
+    losses = sensitivities(source, tokens, rounding_error, recipe.seed, progress)
+    given = allocate(losses, weights, config.bits, budget)
+    return {
+        source.block_prefix(index) + name: bits
+        for (index, group), bits in sorted(given.items(), key=lambda item: item[0][0])
+        for name in group.layers
+    }
 
 
 def sensitivities(
@@ -34,41 +86,47 @@ def sensitivities(
     Args:
         source: the 16-bit model.
         tokens: int64 [samples, seqlen]; the first SAMPLES are used.
-        rounding_error: for weight, Hessian, group of layers and bits: the error of the weight [rows, K] and the Hessian
-            in the basis of that error; rows may be a spread of the weight's.
+        rounding_error: for rows of a weight, Hessian, group of layers and bits: the error of the rows [rows, K] and the
+            Hessian in the basis of that error.
         seed: of the tokens that are drawn.
 
     Returns:
-        nats a token, by (index of the block, group) and bits.
+        nats per token, by (index of the block, group) and bits.
     """
-    hidden, arguments = source.embed(tokens[:SAMPLES])
+    hidden = source.embed(tokens[:SAMPLES])
     entering = []
     task = progress.add_task("sensitivity of the layers", total=2 * source.num_blocks)
     for index in range(source.num_blocks):
         entering.append(hidden.clone())
-        with source.block(index) as block, torch.no_grad():
-            for row in hidden.split(1):
-                row.copy_(block_output(block, row, arguments[index]))
+        with source.block(index) as block:
+            block.run(hidden, out=hidden)
         progress.advance(task)
     gradient = _fisher_gradient(source, hidden, seed)
     losses: Losses = {}
     for index in reversed(range(source.num_blocks)):
         with source.block(index) as block:
-            statistics = {group: _Statistics(source, block, group) for group in source.groups}
-            for x, g in zip(entering.pop().split(1), gradient.split(1), strict=True):
-                x.requires_grad_()
-                with torch.enable_grad():
-                    output = block_output(block, x, arguments[index])
-                g.copy_(torch.autograd.grad(output, x, g)[0])
-            for group, found in statistics.items():
-                losses[index, group] = found.losses(rounding_error)
+            with block.observe() as statistics, _observe_gradients(block) as squares:
+                for x, g in zip(entering.pop().split(1), gradient.split(1), strict=True):
+                    x.requires_grad_()
+                    with torch.enable_grad():
+                        output = block.forward(x)
+                    g.copy_(torch.autograd.grad(output, x, g)[0])
+            for group, seen in statistics.items():
+                rows = spread_rows(block.weight(group), MOST_ROWS)
+                fisher = spread_rows(torch.cat(squares[group]) / seen.tokens, MOST_ROWS)
+                losses[index, group] = {}
+                for bits in BITS:
+                    error, hessian = rounding_error(rows, seen.hessian, group, bits)
+                    mean = (fisher * ((error @ hessian) * error).sum(1)).mean()
+                    outputs = sum(layer.out_features for layer in block.linears(group).values())
+                    losses[index, group][bits] = float(0.5 * mean * outputs)
         progress.advance(task)
     progress.remove_task(task)
     return losses
 
 
 def _fisher_gradient(source: SourceModel, hidden: torch.Tensor, seed: int) -> torch.Tensor:
-    """Gradient, at what leaves the last block, of the loss at tokens drawn from the model's own prediction."""
+    """Gradient at the last block's output of the loss at tokens drawn from the model's own prediction."""
     generator = torch.Generator(hidden.device).manual_seed(seed)
     gradients = []
     with source.final_norm() as norm, source.head() as head:
@@ -82,48 +140,26 @@ def _fisher_gradient(source: SourceModel, hidden: torch.Tensor, seed: int) -> to
     return torch.cat(gradients).view(hidden.shape)
 
 
-class _Statistics:
-    """Collects H at the input of a group of layers and E[g²] at their outputs, through hooks."""
+@contextlib.contextmanager
+def _observe_gradients(block: Block) -> Iterator[dict[InputGroup, list[torch.Tensor]]]:
+    """Collect Σ g² over tokens at the outputs of every group's layers, [out_features] each, from passes inside."""
+    squares: dict[InputGroup, list[torch.Tensor]] = {}
+    hooks = []
+    for group in block.groups:
+        squares[group] = []
+        for layer in block.linears(group).values():
+            total = torch.zeros(layer.out_features, device=layer.weight.device)
 
-    def __init__(self, source: SourceModel, block: nn.Module, group: InputGroup):
-        self.group = group
-        self.layers = [source.linear(block, name) for name in group.layers]
-        width = self.layers[0].in_features
-        self.hessian = torch.zeros(width, width, device=source.device)
-        self.squares = [torch.zeros(layer.out_features, device=source.device) for layer in self.layers]
-        self.tokens = 0
-        self.hooks = [self.layers[0].register_forward_pre_hook(self._see_input)]
-        for layer, squares in zip(self.layers, self.squares, strict=True):
-            self.hooks.append(layer.register_forward_hook(self._gradient_hook(squares)))
+            def see_gradient(gradient, total=total):
+                total.add_(gradient.float().flatten(0, -2).square().sum(0))
 
-    def _see_input(self, _layer, args):
-        x = args[0].detach().flatten(0, -2).float()
-        self.hessian.addmm_(x.T, x)
-        self.tokens += len(x)
-
-    @staticmethod
-    def _gradient_hook(squares: torch.Tensor):
-        def see_gradient(gradient):
-            squares.add_(gradient.float().flatten(0, -2).square().sum(0))
-
-        def see_output(_layer, _args, output):
-            output.register_hook(see_gradient)
-
-        return see_output
-
-    def losses(self, rounding_error: RoundingError) -> dict[int, float]:
-        for hook in self.hooks:
+            squares[group].append(total)
+            hooks.append(layer.register_forward_hook(lambda _l, _x, y, see=see_gradient: y.register_hook(see) and None))
+    try:
+        yield squares
+    finally:
+        for hook in hooks:
             hook.remove()
-        weight = torch.cat([layer.weight.detach() for layer in self.layers]).float()
-        squares = torch.cat(self.squares) / self.tokens
-        found = {}
-        for bits in BITS:
-            error, hessian = rounding_error(weight, self.hessian / self.tokens, self.group, bits)
-            step = max(1, len(weight) // len(error))
-            rows = squares[::step][: len(error)]
-            energy = ((error @ hessian) * error).sum(1)
-            found[bits] = float(0.5 * (rows * energy).mean() * len(weight))
-        return found
 
 
 def allocate(
@@ -142,7 +178,7 @@ def allocate(
     """
     given: dict[tuple[int, InputGroup], int] = {}
     while True:
-        steps = []  # a bit more for one group: (loss saved by a bit stored, bits stored, group)
+        steps = []  # one more bit for one group: (loss saved per bit stored, bits stored, group)
         for key, loss in losses.items():
             now = given.get(key, bits)
             cost = weights[key[1]]

@@ -1,5 +1,5 @@
-"""Quantized layers that can be trained: angles, scales, zeros and norms by gradient, codes through a straight-through
-quantizer. What they compute, up to bfloat16 products, is what the checkpoint computes.
+"""Quantized layers that can be trained: angles, scales, zeros and norms by gradient, codes as latent codes behind a
+straight-through quantizer. Up to the dtype of the products they compute the same as the checkpoint.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ import copy
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
-from bq_kernels.format import QuantConfig
+from bq_kernels.format import QuantConfig, largest_code
 from bq_kernels.packing import pack, unpack
-from bq_kernels.reference import angles_of, levels
+from bq_kernels.reference import angles_of, levels, zero_point
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from .block import Block
 from .model import SourceModel, TensorStore
-from .rotation import Turn
+from .rotation import ButterflyRotation
 
-MARGIN = 0.45  # how far from its stored code, in steps, a weight may be when training begins
-# weights a block from which the activations inside blocks are computed again for the backward pass, not kept
+INIT_MARGIN = 0.45  # how far from its stored code, in steps, a latent code may be when training begins
+# weights per decoder layer from which activations inside layers are computed again for the backward pass, not kept
 RECOMPUTE_FROM = 2**25
 
 
@@ -28,68 +29,71 @@ def as_stored(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return value + (value.to(dtype).float() - value).detach()
 
 
-class Rotation(nn.Module):
-    """The rotation in front of the layers that share an input; done once for all of them.
+class SharedRotation(nn.Module):
+    """The rotation in front of the layers that share an input, computed once for all of them.
 
     Args:
         angles: [K/b, num_angles]; None leaves the input as it is.
         block_size: b.
         train: whether the angles are trained.
         layers: how many layers share the input.
+        dtype: of the rotated input.
     """
 
-    def __init__(self, angles: torch.Tensor | None, block_size: int, train: bool, layers: int):
+    def __init__(self, angles: torch.Tensor | None, block_size: int, train: bool, layers: int, dtype: torch.dtype):
         super().__init__()
-        self.block_size, self.layers = block_size, layers
+        self.block_size, self.layers, self.dtype = block_size, layers, dtype
         self.angles = None if angles is None else nn.Parameter(angles.float(), requires_grad=train)
-        self._seen = self._rotated = None
-        self._left = 0  # layers that have not asked for it yet
+        self._input = self._rotated = None
+        self._remaining = 0  # layers that have not asked for it yet
 
-    def turn(self) -> Turn:
+    def current(self) -> ButterflyRotation:
         """The rotation at the angles that the checkpoint would hold now."""
-        return Turn(as_stored(self.angles, torch.float16), self.block_size)
+        return ButterflyRotation(as_stored(self.angles, torch.float16), self.block_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Q x in bfloat16, x [..., K]; called once by every layer that shares the input."""
-        if self._seen is not x:
-            rotated = x.bfloat16()
+        """Q x in `dtype`, x [..., K]; called once by every layer that shares the input."""
+        if self._input is not x:
+            rotated = x.to(self.dtype)
             if self.angles is not None:
-                rotated = self.turn().forward(rotated.flatten(0, -2)).view(x.shape)
-            self._seen, self._rotated, self._left = x, rotated, self.layers
-        rotated, self._left = self._rotated, self._left - 1
-        if not self._left:  # do not hold what the backward pass may be about to free
-            self._seen = self._rotated = None
+                rotated = self.current().forward(rotated.flatten(0, -2)).view(x.shape)
+            self._input, self._rotated, self._remaining = x, rotated, self.layers
+        rotated, self._remaining = self._rotated, self._remaining - 1
+        if not self._remaining:  # the backward pass may be about to free it
+            self._input = self._rotated = None
         return rotated
 
 
-class _Product(torch.autograd.Function):
+class QuantLinearFunction(torch.autograd.Function):
     """x W′ᵀ with W′ = s·(q − z).
 
-    Codes are packed, int32 [N, K·bits/32], or positions, float32 [N, groups, group], which are rounded and get the
-    gradient of the code.
+    Codes are packed, int32 [N, K·bits/32], or latent, float32 [N, groups, group_size]; latent ones are rounded and get
+    the gradient of the code that they round to (straight-through).
     """
 
     @staticmethod
     def forward(ctx, x, codes, scales, zeros, bits):
+        """y = x W′ᵀ in the dtype of x [..., K]; scales and zeros float32 [N, groups], zeros None for mid-rise."""
         ctx.bits = bits
-        weight = _Product._weight(codes, scales, zeros, bits, x.dtype)
-        # a second copy of the weight only where its positions already take several times as much
+        weight = QuantLinearFunction._weight(codes, scales, zeros, bits, x.dtype)
+        # a second copy of the weight only where its latent codes already take several times as much
         ctx.save_for_backward(x, codes, scales, zeros, weight if codes.requires_grad else None)
         return F.linear(x, weight)
 
     @staticmethod
     def _weight(codes, scales, zeros, bits, dtype):
         if codes.is_floating_point():
-            codes = codes.round().clamp_(0, 2**bits - 1)
+            codes = codes.round().clamp_(0, largest_code(bits))
         else:
             codes = unpack(codes, bits).view(*scales.shape, -1)
         return levels(codes, scales, zeros, bits).flatten(-2).to(dtype)
 
     @staticmethod
     def backward(ctx, gradient):
+        """Gradients of x, latent codes, scales and zeros; W′ is computed again where codes are packed."""
         x, codes, scales, zeros, weight = ctx.saved_tensors
         if weight is None:
-            weight = _Product._weight(codes, scales, zeros, ctx.bits, x.dtype)
+            weight = QuantLinearFunction._weight(codes, scales, zeros, ctx.bits, x.dtype)
         by_x = gradient @ weight if ctx.needs_input_grad[0] else None
         by_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).view(*scales.shape, -1)
         by_code = by_weight * scales.unsqueeze(-1) if ctx.needs_input_grad[1] else None
@@ -100,10 +104,10 @@ class _Product(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer with trainable scales, as factors near 1, and zeros; and codes, if `weight` is given.
+    """A linear layer with trainable scales, as ratios to their initial values, and zeros; and codes, given `weight`.
 
-    Codes are trained as positions on their axis, w/s + z, rounded in the forward pass. A position starts where the
-    16-bit weight is, but no further than MARGIN from the code that rounding with error feedback has chosen.
+    Codes are trained as latent codes, w/s + z, which the forward pass rounds. A latent code starts at the 16-bit
+    weight, but no further than INIT_MARGIN from the code that rounding with error feedback has chosen.
 
     Args:
         tensors: `qweight`, `scales` and `zeros` of the layer as stored.
@@ -117,51 +121,51 @@ class QuantizedLinear(nn.Module):
         self,
         tensors: dict[str, torch.Tensor],
         bits: int,
-        rotation: Rotation,
+        rotation: SharedRotation,
         bias: torch.Tensor | None,
         weight: torch.Tensor | None = None,
     ):
         super().__init__()
         self.bits, self.rotation = bits, rotation
         scales = tensors["scales"].float()
-        self.register_buffer("base", scales)
-        self.factor = nn.Parameter(torch.ones_like(scales))
+        self.register_buffer("initial_scales", scales)
+        self.scale_ratio = nn.Parameter(torch.ones_like(scales))
         self.zeros = nn.Parameter(tensors["zeros"].float()) if "zeros" in tensors else None
         self.bias = bias
         if weight is None:
             self.register_buffer("codes", tensors["qweight"])
         else:
             codes = unpack(tensors["qweight"], bits).view(*scales.shape, -1)
-            self.codes = nn.Parameter(self._start(codes, weight))
+            self.codes = nn.Parameter(self._latent_codes(codes, weight))
 
     @torch.no_grad()
-    def _start(self, codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _latent_codes(self, codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         weight = weight.float()
         if self.rotation.angles is not None:
-            weight = self.rotation.turn().forward(weight)
-        zero = (2**self.bits - 1) / 2 if self.zeros is None else self.zeros.unsqueeze(-1)
-        position = weight.view(codes.shape) / self.base.clamp(min=1e-12).unsqueeze(-1) + zero
-        return torch.clamp(position, codes - MARGIN, codes + MARGIN)
+            weight = self.rotation.current().forward(weight)
+        steps = weight.view(codes.shape) / self.initial_scales.clamp(min=1e-12).unsqueeze(-1)
+        latent = steps + zero_point(self.zeros, self.bits)
+        return torch.clamp(latent, codes - INIT_MARGIN, codes + INIT_MARGIN)
 
     @torch.no_grad()
-    def hold(self) -> None:
-        """Keep positions where a step back changes the code: half a step beyond the outer codes."""
+    def clamp_codes(self) -> None:
+        """Keep latent codes where one step back changes the code: half a step beyond the outer codes."""
         if self.codes.is_floating_point():
-            self.codes.clamp_(-0.5, 2**self.bits - 0.5)
+            self.codes.clamp_(-0.5, largest_code(self.bits) + 0.5)
 
     def stored(self) -> dict[str, torch.Tensor]:
         """Codes, scales and zeros as the checkpoint holds them."""
         packed = self.codes.detach()
         if packed.is_floating_point():
-            packed = pack(packed.round().clamp(0, 2**self.bits - 1).to(torch.uint8).flatten(1), self.bits)
-        kept = {"qweight": packed, "scales": (self.base * self.factor).detach().half()}
+            packed = pack(packed.round().clamp(0, largest_code(self.bits)).to(torch.uint8).flatten(1), self.bits)
+        kept = {"qweight": packed, "scales": (self.initial_scales * self.scale_ratio).detach().half()}
         return kept | ({} if self.zeros is None else {"zeros": self.zeros.detach().half()})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """W′ Q x + bias in bfloat16, accumulated in float32; x [..., K]."""
-        scales = as_stored(self.base * self.factor, torch.float16)
+        """W′ Q x + bias in the rotation's dtype, accumulated in float32; x [..., K]."""
+        scales = as_stored(self.initial_scales * self.scale_ratio, torch.float16)
         zeros = None if self.zeros is None else as_stored(self.zeros, torch.float16)
-        y = _Product.apply(self.rotation(x), self.codes, scales, zeros, self.bits)
+        y = QuantLinearFunction.apply(self.rotation(x), self.codes, scales, zeros, self.bits)
         return y if self.bias is None else y + self.bias
 
 
@@ -179,60 +183,64 @@ class _Norm(nn.Module):
 
 
 class Trainable:
-    """Decoder blocks made trainable in place.
+    """Decoder layers made trainable in place.
 
     Args:
         source: the 16-bit model.
         config: the checkpoint's format.
-        train_codes: whether codes are trained too. With position, gradient, two moments, and the rounded weight in
-            bfloat16 that takes 18 bytes a weight.
+        train_codes: whether codes are trained too. Latent code, gradient, two moments and the rounded weight in
+            bfloat16 take 18 bytes per weight.
     """
 
     def __init__(self, source: SourceModel, config: QuantConfig, train_codes: bool):
         self.source, self.config, self.train_codes = source, config, train_codes
         self.layers: dict[str, QuantizedLinear] = {}
-        self.rotations: dict[str, Rotation] = {}
+        self.rotations: dict[str, SharedRotation] = {}
         self.norms: dict[str, _Norm] = {}
 
-    def replace_linears(self, block: nn.Module, index: int, packed: TensorStore | dict[str, torch.Tensor]) -> None:
+    def autocast(self) -> torch.autocast:
+        """Context in which products are computed in the run's training dtype."""
+        dtype = self.source.training_dtype
+        return torch.autocast(self.source.device.type, dtype, enabled=dtype != torch.float32)
+
+    def replace_linears(self, block: Block, packed: TensorStore | dict[str, torch.Tensor]) -> None:
         """Put trainable quantized layers in place of a block's linear ones; `packed` are tensors of the checkpoint."""
-        kind, prefix = self.config.rotation.kind, self.source.block_prefix(index)
-        for group in self.source.groups:
-            first, features = group.layers[0], self.source.linear(block, group.layers[0]).in_features
-            block_size = self.config.rotation.block(first)
+        kind, prefix, device = self.config.rotation.kind, block.prefix, self.source.device
+        for group in block.groups:
+            first, block_size = group.layers[0], self.config.rotation.block(group.layers[0])
             stored = packed.get(f"{prefix}{first}.angles") if kind == "butterfly" else None
-            angles = angles_of(kind, stored, features, block_size)
-            rotation = Rotation(angles, block_size, kind == "butterfly", len(group.layers)).to(self.source.device)
+            angles = angles_of(kind, stored, block.in_features(group), block_size)
+            trained, dtype = kind == "butterfly", self.source.training_dtype
+            rotation = SharedRotation(angles, block_size, trained, len(group.layers), dtype).to(device)
             self.rotations[prefix + first] = rotation
-            for name in group.layers:
-                linear = self.source.linear(block, name)
+            for name, linear in block.linears(group).items():
                 suffixes = self.config.tensors(prefix + name, linear.in_features, linear.out_features)
-                tensors = {suffix: packed.get(f"{prefix}{name}.{suffix}").to(self.source.device) for suffix in suffixes}
+                tensors = {suffix: packed.get(f"{prefix}{name}.{suffix}").to(device) for suffix in suffixes}
                 weight = None
                 if self.train_codes:
-                    weight = self.source.store.get(f"{prefix}{name}.weight").to(self.source.device)
+                    weight = self.source.store.get(f"{prefix}{name}.weight").to(device)
                 layer = QuantizedLinear(tensors, self.config.bits_of(prefix + name), rotation, linear.bias, weight)
-                block.set_submodule(name, layer.to(self.source.device))
+                block.module.set_submodule(name, layer.to(device))
                 self.layers[prefix + name] = layer
 
     def replace_norms(self, module: nn.Module, prefix: str) -> None:
         """Put trainable norms in place of those inside `module`, whose name in the checkpoint starts with `prefix`."""
         for name, norm in list(module.named_modules()):
             if name.endswith("norm") and isinstance(getattr(norm, "weight", None), nn.Parameter):
-                dtype = self.source.store.get(f"{prefix}{name}.weight").dtype
+                dtype = self.source.store.dtype(f"{prefix}{name}.weight")
                 self.norms[prefix + name] = _Norm(norm, dtype)
                 module.set_submodule(name, self.norms[prefix + name])
 
-    def hold(self) -> None:
-        """Keep the positions of all codes in range."""
+    def clamp_codes(self) -> None:
+        """Keep the latent codes of all layers in range."""
         for layer in self.layers.values():
-            layer.hold()
+            layer.clamp_codes()
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """What is trained, by kind."""
+        """The trained parameters, by kind."""
         found = {
             "codes": [layer.codes for layer in self.layers.values()],
-            "factors": [layer.factor for layer in self.layers.values()],
+            "scales": [layer.scale_ratio for layer in self.layers.values()],
             "zeros": [layer.zeros for layer in self.layers.values() if layer.zeros is not None],
             "angles": [rotation.angles for rotation in self.rotations.values() if rotation.angles is not None],
             "norms": [norm.weight for norm in self.norms.values()],
@@ -273,14 +281,18 @@ class Student(Trainable):
         self.model.load_state_dict(kept, assign=True, strict=False)
         self.model.tie_weights()
         self.model.requires_grad_(False)
-        blocks, names = self.model.model.layers, [name for group in source.groups for name in group.layers]
-        if sum(source.linear(blocks[0], name).weight.numel() for name in names) >= RECOMPUTE_FROM:
+        blocks = [
+            Block(index, source.block_prefix(index), layer, source.groups, {})
+            for index, layer in enumerate(self.model.model.layers)
+        ]
+        if sum(linear.weight.numel() for linear in blocks[0].linears().values()) >= RECOMPUTE_FROM:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        for index, block in enumerate(blocks):
-            self.replace_linears(block, index, packed)
+        for block in blocks:
+            self.replace_linears(block, packed)
         self.replace_norms(self.model, "")
         self.model.to(source.device).train()
-        self.head = copy.deepcopy(self.model.lm_head).to(torch.bfloat16)  # apart from an embedding that it is tied to
+        # a copy, so that an embedding which it is tied to stays float32
+        self.head = copy.deepcopy(self.model.lm_head).to(source.training_dtype)
 
     def _is_packed(self, name: str) -> bool:
         return name.startswith("model.layers.") and any(
@@ -288,10 +300,10 @@ class Student(Trainable):
         )
 
     def states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What enters the LM head, [samples, seqlen, hidden]."""
-        with torch.autocast(self.source.device.type, torch.bfloat16):
+        """Hidden states in front of the LM head, [samples, seqlen, hidden]."""
+        with self.autocast():
             return self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Float32 logits of states, by the LM head that both models share."""
-        return self.head(states.bfloat16()).float()
+        """Float32 logits of hidden states, by the LM head that both models share."""
+        return self.head(states.to(self.source.training_dtype)).float()

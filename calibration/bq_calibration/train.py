@@ -12,22 +12,10 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import nn
 
-from .checkpoint import write_tensors
+from .files import write_tensors
 
 WARM_UP = 0.1  # share of the steps
 SAVE_EVERY = 300.0  # seconds
-
-
-def sample(position: int, samples: int, seed: int) -> int:
-    """Which sample comes at a position of an endless sequence that is shuffled anew every epoch."""
-    epoch, place = divmod(position, samples)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return int(torch.randperm(samples, generator=generator)[place])
-
-
-def batch_of(step: int, batch: int, samples: int, seed: int) -> torch.Tensor:
-    """Samples that a step looks at, int64 [batch]."""
-    return torch.tensor([sample(step * batch + i, samples, seed) for i in range(batch)])
 
 
 def train(
@@ -55,7 +43,7 @@ def train(
     Returns:
         the loss at every step.
     """
-    groups = [{"params": found, "lr": rates[kind], "kind": kind} for kind, found in parameters.items() if found]
+    groups = [{"params": tensors, "lr": rates[kind], "kind": kind} for kind, tensors in parameters.items() if tensors]
     everything = [parameter for group in groups for parameter in group["params"]]
     # codes move one by one, each by its own gradient; the others share the loss's steepest moments
     clipped = [parameter for group in groups if group["kind"] != "codes" for parameter in group["params"]]

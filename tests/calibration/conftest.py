@@ -76,10 +76,3 @@ def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(make_text(2000))
     return path
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(request, monkeypatch):
-    """Drawing takes longer than calibrating a tiny model: only tests marked `pictures` do it."""
-    if not request.node.get_closest_marker("pictures"):
-        monkeypatch.setattr("bq_calibration.report.draw", lambda *_: None)

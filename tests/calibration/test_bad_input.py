@@ -18,7 +18,19 @@ from safetensors.torch import load_file, save_file
 from .conftest import make_text
 from .test_calibrate import run
 
-FLAGS = ["--group-size", "32", "--rotation-block", "32", "--samples", "4", "--seqlen", "32", "--steps", "3"]
+FLAGS = [
+    "--group-size",
+    "32",
+    "--rotation-block",
+    "32",
+    "--samples",
+    "4",
+    "--seqlen",
+    "32",
+    "--steps",
+    "3",
+    "--no-plots",
+]
 
 
 def in_own_process(name: str, *arguments: object, **kwargs) -> subprocess.CompletedProcess:
@@ -192,13 +204,13 @@ def test_output_folder_in_use_by_another_run(command, tmp_path, model, text):
 
 
 def test_unfinished_run_needs_resume_and_the_same_settings(tmp_path, model, text, monkeypatch):
-    from bq_calibration import calibrate
+    from bq_calibration import pipeline
 
     def stop(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate, "write_report", stop)
+        patch.setattr(pipeline, "write_report", stop)
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", text)
     with pytest.raises(UserError, match="continue it with --resume"):

@@ -14,11 +14,14 @@ import bq_calibration.hf  # noqa: F401
 import pytest
 import tiny
 import torch
-from bq_calibration import calibrate as calibrate_module
-from bq_calibration.calibrate import Calibration
+from bq_calibration import data as data_module
+from bq_calibration import pipeline as pipeline_module
+from bq_calibration import quantize_block as quantize_block_module
+from bq_calibration import workspace as workspace_module
 from bq_calibration.checkpoint import verify
 from bq_calibration.data import calibration_tokens
 from bq_calibration.model import SourceModel
+from bq_calibration.pipeline import Calibration
 from bq_calibration.recipes import make_recipe
 from rich.progress import Progress
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -29,9 +32,9 @@ SMALL = dict(group_size=32, rotation_block=32, samples=4, seqlen=32, steps=3)
 
 
 def run(model: Path, out: Path, text: Path, recipe="fast", **settings) -> Path:
-    resume = settings.pop("resume", False)
+    resume, plots = settings.pop("resume", False), settings.pop("plots", False)
     chosen = make_recipe(recipe, SMALL | {"dataset": str(text)} | settings)
-    Calibration(str(model), str(out), chosen, "cpu", resume).run(Progress(disable=True))
+    Calibration(str(model), str(out), chosen, "cpu", resume, plots).run(Progress(disable=True))
     return out
 
 
@@ -128,9 +131,8 @@ def test_streaming_holds_one_block_at_a_time(model):
     assert all(p.is_meta for p in source.skeleton.parameters())
 
 
-@pytest.mark.pictures
 def test_report_and_pictures(tmp_path, model, text):
-    out = run(model, tmp_path / "out", text)
+    out = run(model, tmp_path / "out", text, plots=True)
     report = json.loads((out / "bq_report.json").read_text())
     assert [gain["stage"] for gain in report["gains"]] == ["rotation, hadamard", "rotation, butterfly", "refine"]
     hadamard, butterfly, refine = report["gains"]
@@ -174,13 +176,13 @@ def test_resume_after_ctrl_c_gives_the_same_bytes(stop_at, tmp_path, model, text
             return wrapper
 
         if stop_at == "tokens":
-            patch.setattr(calibrate_module, "calibration_tokens", interrupted(calibration_tokens, 0))
+            patch.setattr(data_module, "calibration_tokens", interrupted(calibration_tokens, 0))
         elif stop_at == "quantize":
-            patch.setattr(calibrate_module, "round_gptq", interrupted(calibrate_module.round_gptq, 16))
+            patch.setattr(quantize_block_module, "round_gptq", interrupted(quantize_block_module.round_gptq, 16))
         elif stop_at == "write":
-            patch.setattr(calibrate_module, "write_tensors", interrupted(calibrate_module.write_tensors, 2))
+            patch.setattr(workspace_module, "write_tensors", interrupted(workspace_module.write_tensors, 2))
         else:
-            patch.setattr(calibrate_module, "write_report", interrupted(calibrate_module.write_report, 0))
+            patch.setattr(pipeline_module, "write_report", interrupted(pipeline_module.write_report, 0))
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", text)
     assert not (tmp_path / "out").exists()
@@ -192,7 +194,7 @@ def test_resume_after_ctrl_c_gives_the_same_bytes(stop_at, tmp_path, model, text
 def test_report_counts_the_time_of_interrupted_processes(tmp_path, model, text, monkeypatch):
     began = time.time()
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate_module, "write_report", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(pipeline_module, "write_report", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", text)
     clock = tmp_path / "out.partial" / "clock.json"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bq_calibration.data import tokenize
 from bq_calibration.errors import UserError
-from bq_calibration.evaluate import Evaluator
+from bq_calibration.evaluation import Evaluator
 from rich.progress import Progress
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer

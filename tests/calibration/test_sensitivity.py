@@ -6,10 +6,10 @@ import bq_calibration.hf  # noqa: F401 teaches transformers the format
 import pytest
 import torch
 from bq_calibration.architecture import InputGroup
-from bq_calibration.calibrate import Calibration
 from bq_calibration.checkpoint import verify
 from bq_calibration.errors import UserError
 from bq_calibration.model import SourceModel
+from bq_calibration.pipeline import Calibration
 from bq_calibration.recipes import make_recipe
 from bq_calibration.sensitivity import allocate, sensitivities
 from bq_kernels.format import BITS
@@ -70,7 +70,7 @@ def test_budget_goes_where_a_bit_saves_most():
 @pytest.mark.parametrize("settings", [{}, {"reconstruct": 2, "finetune": 2, "distill": 2, "train_samples": 6}])
 def test_checkpoint_of_mixed_bits(model, text, tmp_path, settings):
     recipe = make_recipe("fast", SMALL | {"dataset": str(text), "target_bpw": 3.6} | settings)
-    Calibration(str(model), str(tmp_path / "out"), recipe, "cpu", False).run(Progress(disable=True))
+    Calibration(str(model), str(tmp_path / "out"), recipe, "cpu", plots=False).run(Progress(disable=True))
     verified = verify(tmp_path / "out")
     table = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["module_bits"]
     assert table and set(table.values()) <= {3, 4}
@@ -88,4 +88,4 @@ def test_checkpoint_of_mixed_bits(model, text, tmp_path, settings):
 def test_budget_below_what_is_there(model, text, tmp_path):
     recipe = make_recipe("fast", SMALL | {"dataset": str(text), "target_bpw": 2.0})
     with pytest.raises(UserError, match=r"--target-bpw 2.0: 2 bits alone, all counted, take 2\.\d+"):
-        Calibration(str(model), str(tmp_path / "out"), recipe, "cpu", False).run(Progress(disable=True))
+        Calibration(str(model), str(tmp_path / "out"), recipe, "cpu", plots=False).run(Progress(disable=True))

@@ -7,19 +7,20 @@ import bq_calibration.hf  # noqa: F401 teaches transformers the format
 import pytest
 import torch
 import torch.nn.functional as F
-from bq_calibration import calibrate as calibrate_module
 from bq_calibration import distill as distill_module
+from bq_calibration import pipeline as pipeline_module
+from bq_calibration import sampling as sampling_module
 from bq_calibration import student as student_module
 from bq_calibration import train as train_module
-from bq_calibration.calibrate import Calibration
 from bq_calibration.checkpoint import read_config, verify
 from bq_calibration.data import calibration_tokens
 from bq_calibration.distill import divergence, held_out, teacher_states
 from bq_calibration.model import SourceModel, TensorStore
+from bq_calibration.pipeline import Calibration
 from bq_calibration.recipes import make_recipe
 from bq_calibration.reconstruct import reconstruct
-from bq_calibration.student import MARGIN, Student, _Product
-from bq_calibration.train import sample
+from bq_calibration.sampling import sample_at
+from bq_calibration.student import INIT_MARGIN, QuantLinearFunction, Student
 from bq_kernels.packing import pack, unpack
 from bq_kernels.reference import levels
 from rich.progress import Progress
@@ -33,7 +34,7 @@ SMALL = dict(group_size=32, rotation_block=32, samples=8, train_samples=8, held_
 
 def run(model: Path, out: Path, text: Path, resume=False, **settings) -> Path:
     recipe = make_recipe("fast", SMALL | {"dataset": str(text)} | settings)
-    Calibration(str(model), str(out), recipe, "cpu", resume).run(Progress(disable=True))
+    Calibration(str(model), str(out), recipe, "cpu", resume, plots=False).run(Progress(disable=True))
     return out
 
 
@@ -61,7 +62,7 @@ def test_gradients_of_the_packed_product(train_codes, with_zeros):
     codes = position.requires_grad_() if train_codes else pack(hard.to(torch.uint8).flatten(1), 2)
     inputs = [t for t in (x, codes, scales, zeros) if t is not None and t.requires_grad]
     target = torch.randn(5, 6)
-    got = torch.autograd.grad((_Product.apply(x, codes, scales, zeros, 2) * target).sum(), inputs)
+    got = torch.autograd.grad((QuantLinearFunction.apply(x, codes, scales, zeros, 2) * target).sum(), inputs)
     # straight through: the gradient of a position is that of its code
     hard.requires_grad_()
     weight = levels(hard, scales, zeros, 2).flatten(-2)
@@ -154,7 +155,7 @@ def test_student_is_what_the_checkpoint_says(model, text, tmp_path):
     source = SourceModel(str(model), torch.device("cpu"))
     ids = torch.randint(3, 30, (2, 16))
     want = kl(log_probabilities(model, ids), log_probabilities(out, ids))
-    states = teacher_states(source, ids, tmp_path / "states.safetensors", Progress(disable=True))
+    states = teacher_states(source, ids, Progress(disable=True))
     for train_codes in (False, True):
         student = Student(source, read_config(out)[1], TensorStore(out), train_codes)
         got, _ = divergence(student, student.states(ids), states)
@@ -170,7 +171,7 @@ def test_large_blocks_compute_activations_twice_to_the_same_bytes(model, text, t
     again = []
     with monkeypatch.context() as patch:
         patch.setattr(student_module, "RECOMPUTE_FROM", 1)
-        patch.setattr(Student, "hold", lambda student: again.append(student.model.is_gradient_checkpointing))
+        patch.setattr(Student, "clamp_codes", lambda student: again.append(student.model.is_gradient_checkpointing))
         recomputed = run(model, tmp_path / "recomputed", text, distill=3)
     assert again == [True] * 3
     assert (kept / "model.safetensors").read_bytes() == (recomputed / "model.safetensors").read_bytes()
@@ -183,7 +184,7 @@ def test_codes_start_at_the_weight_but_round_to_what_was_chosen(model, text, tmp
     for name, layer in student.layers.items():
         codes = unpack(TensorStore(out).get(f"{name}.qweight"), 2).view(layer.codes.shape)
         distance = (layer.codes - codes).abs()
-        assert distance.max() <= MARGIN + 1e-6
+        assert distance.max() <= INIT_MARGIN + 1e-6
         assert 0.05 < distance.mean() < 0.4  # neither in the middle of their codes nor all at the border
 
 
@@ -203,7 +204,7 @@ def test_gradient_of_the_divergence(model, text, tmp_path):
 @pytest.mark.parametrize("stop_after", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_resumed_training_gives_the_same_bytes(stage, stop_after, model, text, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "SAVE_EVERY", 0)
-    monkeypatch.setattr(distill_module, "TOKENS_A_STEP", 4 * 32)
+    monkeypatch.setattr(distill_module, "TOKENS_PER_STEP", 4 * 32)
     settings = {"finetune": 6, "distill": 6}
     whole = run(model, tmp_path / "whole", text, **settings)
     left = 4 * (stop_after + 6 * (stage == "distill"))  # 4 samples a step
@@ -213,10 +214,10 @@ def test_resumed_training_gives_the_same_bytes(stage, stop_after, model, text, t
         left -= 1
         if left < 0:
             raise KeyboardInterrupt
-        return sample(*arguments)
+        return sample_at(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "sample", interrupted)
+        patch.setattr(sampling_module, "sample_at", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", text, **settings)
     resumed = run(model, tmp_path / "out", text, resume=True, **settings)
@@ -227,12 +228,12 @@ def test_resumed_reconstruction_gives_the_same_bytes(model, text, tmp_path, monk
     whole = run(model, tmp_path / "whole", text, reconstruct=3)
 
     def interrupted(*arguments):
-        if arguments[3] == 1:  # the second block
+        if arguments[3].index == 1:  # the second block
             raise KeyboardInterrupt
         return reconstruct(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate_module, "reconstruct", interrupted)
+        patch.setattr(pipeline_module, "reconstruct", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", text, reconstruct=3)
     resumed = run(model, tmp_path / "out", text, resume=True, reconstruct=3)
@@ -241,7 +242,7 @@ def test_resumed_reconstruction_gives_the_same_bytes(model, text, tmp_path, monk
 
 def test_every_sample_once_an_epoch():
     for epoch in range(2):
-        assert sorted(sample(epoch * 7 + i, 7, 0) for i in range(7)) == list(range(7))
+        assert sorted(sample_at(epoch * 7 + i, 7, 0) for i in range(7)) == list(range(7))
 
 
 def test_several_data_sets_take_turns(model, tmp_path):

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import hf  # noqa: F401  registers the butterfly loader
-from .data import load_documents, tokenize
+from .compute import COMPUTE_DTYPES, native_dtype
+from .data import dataset_name, load_documents, tokenize
 from .errors import UserError
 from .model import resolve_model
 
@@ -24,7 +25,7 @@ class Evaluator:
 
     Args:
         model: a butterfly checkpoint or any Hugging Face causal LM; folder or hub name.
-        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        dtype: one of COMPUTE_DTYPES; `auto` is the checkpoint's where the device multiplies it natively, else float32.
         device: where to run. On a CPU packed layers are unfolded into dense ones, which run several times faster.
 
     Raises:
@@ -33,9 +34,12 @@ class Evaluator:
 
     def __init__(self, model: str, dtype: str, device: str):
         folder = resolve_model(model)
-        if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise UserError(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16")
+        if dtype not in COMPUTE_DTYPES:
+            raise UserError(f"--compute-dtype {dtype}: expected one of {', '.join(COMPUTE_DTYPES)}")
         try:
+            if dtype == "auto":
+                stored = AutoConfig.from_pretrained(folder).dtype or torch.float32
+                dtype = native_dtype(stored, device)
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
         except UserError:
@@ -54,7 +58,7 @@ class Evaluator:
 
         Args:
             dataset: `wikitext2`, `c4` or a local file.
-            context: tokens a window.
+            context: tokens per window.
             windows: only the first so many; None for all.
 
         Raises:
@@ -73,7 +77,7 @@ class Evaluator:
             total += float(sum(F.cross_entropy(row.float(), following, reduction="sum") for row, following in pairs))
             progress.advance(task)
         value = math.exp(total / (count * (context - 1)))
-        return {"dataset": dataset, "context": context, "windows": count, "value": value}
+        return {"dataset": dataset_name(dataset), "context": context, "windows": count, "value": value}
 
     def tasks(self, names: list[str], include_path: Path | None, limit: int | None) -> dict[str, dict[str, Any]]:
         """Zero-shot accuracy through lm-eval, `acc_norm` where a task has it, else `acc`.

@@ -1,0 +1,33 @@
+"""Consoles, progress bars and the choice of a device, for the commands and the Python API."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .errors import UserError
+
+stdout, stderr = Console(), Console(stderr=True)
+
+
+def make_progress(shown: bool) -> Progress:
+    """Progress bars on stderr, or ones that nobody sees."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not shown)
+
+
+def check_device(device: str) -> str:
+    """The device of that name, `auto` resolved.
+
+    Raises:
+        UserError: if this machine does not have it.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not available here ({str(error).splitlines()[0]})") from error
+    return device

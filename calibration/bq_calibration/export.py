@@ -1,0 +1,83 @@
+"""Assembling a butterfly checkpoint: packed layers from the run, everything else from the 16-bit model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bq_kernels.format import QuantConfig
+
+from .errors import explain_write
+from .files import write_json, write_tensors
+from .model import SourceModel, TensorStore
+
+SHARD_BYTES = 2 * 10**9
+_COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "*.jinja",
+    "*.model",
+)
+
+
+def export(source: SourceModel, blocks: Path, config: QuantConfig, folder: Path) -> None:
+    """Write config.json, weights and tokenizer files of a checkpoint.
+
+    Args:
+        source: the 16-bit model.
+        blocks: folder with the safetensors files of the packed layers.
+        config: goes into config.json.
+        folder: written anew.
+
+    Raises:
+        WriteError: if a file cannot be written.
+    """
+    with explain_write(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for pattern in _COPIED:
+            for file in source.folder.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+    packed = TensorStore(blocks)
+    replaced = {
+        f"{source.block_prefix(index)}{name}.weight"
+        for index in range(source.num_blocks)
+        for group in source.groups
+        for name in group.layers
+    }
+    store_of = {name: source.store for name in source.store.names() if name not in replaced}
+    store_of |= dict.fromkeys(packed.names(), packed)
+    _write_shards(store_of, folder)
+    write_json(folder / "config.json", _exported_config(source, config))
+
+
+def _write_shards(store_of: dict[str, TensorStore], folder: Path) -> None:
+    """Write tensors in shards of at most SHARD_BYTES, with an index where there are several."""
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name in sorted(store_of):
+        nbytes = store_of[name].nbytes(name)
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + nbytes, total + nbytes
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / file, {name: store_of[name].get(name) for name in names})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _exported_config(source: SourceModel, config: QuantConfig) -> dict[str, Any]:
+    exported = source.config_dict | {"quantization_config": config.to_dict()}
+    if "_name_or_path" in exported:  # may be a folder of the machine that saved the model
+        exported["_name_or_path"] = source.name
+    return exported

@@ -1,0 +1,104 @@
+"""The description of a checkpoint that `bq-inspect` prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .checkpoint import verify
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Verify a checkpoint and describe it; the run's report is part of it where the checkpoint has one.
+
+    Raises:
+        UserError: naming the first tensor that breaks the format.
+    """
+    verified = verify(folder)
+    report = folder / "bq_report.json"
+    return {
+        "checkpoint": str(folder),
+        "quantization_config": verified.config.to_dict(),
+        "bits_per_weight": verified.bits_per_weight(),
+        "stored_bits": verified.stored_bits,
+        "total_bytes": verified.total_bytes,
+        "layers": {name: {"out_features": n, "in_features": k} for name, (n, k) in verified.layers.items()},
+        "report": json.loads(report.read_text()) if report.exists() else None,
+    }
+
+
+def print_description(description: dict[str, Any], console: Console) -> None:
+    """Print `describe`'s result as tables that fit 80 columns."""
+    console.print(_summary(description))
+    report = description["report"]
+    if report:
+        for table in (_gains(report), _input_table(report), _error_table(report)):
+            console.print(table)
+
+
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right")
+    return table
+
+
+def _summary(description: dict[str, Any]) -> Table:
+    config, report = description["quantization_config"], description["report"]
+    table = _table("All tensors verified", "checkpoint", description["checkpoint"], left=2)
+    table.columns[1].overflow = "fold"
+    rows = {"bits, group, zero point": f"{config['bits']}, {config['group_size']}, {config['zero_point']}"}
+    rows["rotation"] = f"{config['rotation']['kind']} {config['rotation'].get('block_size', '')}"
+    rows["packed layers"] = str(len(description["layers"]))
+    rows["bits per weight, all counted"] = f"{description['bits_per_weight']:.4f}"
+    weights = sum(layer["out_features"] * layer["in_features"] for layer in description["layers"].values())
+    rows |= {f"  {part}": f"{bits / weights:.4f}" for part, bits in description["stored_bits"].items()}
+    rows["size of all tensors"] = f"{description['total_bytes'] / 1e6:.1f} MB"
+    if report:
+        run, dtypes = report["run"], report["run"].get("compute_dtype", {})
+        rows["16-bit model"] = f"{report['source_model']}, {report['totals']['source_bytes'] / 1e6:.1f} MB"
+        rows["calibrated on"] = f"{report['calibration_tokens']:,} tokens of {report['recipe']['dataset']}"
+        rows["calibration"] = f"{run['wall_seconds']:.0f} s, peak {run['peak_memory_bytes'] / 1e9:.2f} GB"
+        rows["computed in"] = ", ".join(f"{dtype} ({part})" for part, dtype in dtypes.items())
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _gains(report: dict[str, Any]) -> Table:
+    table = _table("Gain of every stage", "stage", "measure", "before", "after", left=2)
+    for gain in report["gains"]:
+        table.add_row(gain["stage"], gain["measure"], f"{gain['before']:.4f}", f"{gain['after']:.4f}")
+    return table
+
+
+def _layers(entry: dict[str, Any]) -> str:
+    return entry["layers"].replace("_proj", "")
+
+
+def _input_table(report: dict[str, Any]) -> Table:
+    columns = ("block", "inputs of", "kurtosis", "→", "max/RMS", "→", "skew", "→", "μ·√b")
+    table = _table("Outliers before → after rotation, coherence", *columns, left=2)
+    for entry in report["inputs"]:
+        before, after = entry["inputs"]["before"], entry["inputs"].get("after")
+        cells = []
+        for key in ("kurtosis", "max_over_rms", "skew"):
+            cells += [f"{before[key]:.1f}", f"{after[key]:.1f}" if after else "–"]
+        mu = f"{entry['coherence'] / entry['best_coherence']:.2f}" if "coherence" in entry else "–"
+        table.add_row(str(entry["block"]), _layers(entry), *cells, mu)
+    return table
+
+
+def _error_table(report: dict[str, Any]) -> Table:
+    kinds = list(report["inputs"][0]["relative_output_error"])
+    table = _table("Relative output error by rotation", "block", "layers", "bits", *kinds, "refined", left=2)
+    for entry in report["inputs"]:
+        errors = (f"{entry['relative_output_error'][kind]:.4f}" for kind in kinds)
+        cells = str(entry["bits"]), *errors, f"{entry['refined_output_error']:.4f}"
+        table.add_row(str(entry["block"]), _layers(entry), *cells)
+    return table

@@ -1,0 +1,40 @@
+"""Log lines of a run: to a file beside the checkpoint always, to stderr where no progress bar is shown."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import explain_write
+
+LOGGER = logging.getLogger("bq_calibration")
+FORMAT = "%(asctime)s %(message)s"
+
+
+@contextlib.contextmanager
+def log_to(file: Path | None) -> Iterator[None]:
+    """Append the package's log lines to a file, or print them on stderr, for as long as the context lasts.
+
+    Args:
+        file: None for stderr.
+
+    Raises:
+        WriteError: if the file cannot be written.
+    """
+    if file is None:
+        handler: logging.Handler = logging.StreamHandler()
+    else:
+        with explain_write(file):
+            handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter(FORMAT))
+    level = LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
+        LOGGER.removeHandler(handler)
+        handler.close()

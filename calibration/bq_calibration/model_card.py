@@ -1,0 +1,112 @@
+"""The model card of a checkpoint: README.md with the front matter that the Hub renders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bq_kernels.format import QuantConfig
+from huggingface_hub import ModelCard, ModelCardData
+
+from .errors import explain_write
+from .model import SourceModel
+
+_TEMPLATE = """# {name}, {bits}-bit butterfly
+
+Linear weights are {bits}-bit integers in a rotated basis ({rotation}), after ButterflyQuant
+([arXiv 2509.09679](https://arxiv.org/abs/2509.09679)). Embeddings, norms and the LM head are those of the original.
+
+| | |
+|---|---|
+| bits per weight of the linear layers, all that is stored counted | {bits_per_weight:.3f} |
+| size | {size:.1f} MB (original: {source_size:.1f} MB) |
+| group size, zero point | {group_size}, {zero_point} |
+| calibrated on | {tokens:,} tokens of {dataset} |
+
+## Use
+
+With vLLM and the bq-vllm plugin installed:
+
+    vllm serve FOLDER --quantization butterfly
+
+With transformers: `import bq_calibration.hf` first, then `AutoModelForCausalLM.from_pretrained("FOLDER")`; without the
+import the packed layers would be random.
+
+## Measured while calibrating
+
+| stage | measure | before | after |
+|---|---|---|---|
+{gains}
+
+Perplexity and zero-shot accuracy are not part of calibration: `bq-eval FOLDER --perplexity wikitext2` measures them.
+Everything else that was measured is in `bq_report.json`.
+
+## Limits
+
+A model of few bits makes more errors than its original, above all a small one; evaluate it on your own task before you
+use it. What the original's card says of intended use, bias and risks holds here as well.
+
+## Recipe
+
+| setting | value |
+|---|---|
+{settings}
+"""
+
+
+def write_model_card(folder: Path, source: SourceModel, config: QuantConfig, report: dict[str, Any]) -> None:
+    """Write README.md into a finished checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        source: the 16-bit model; its card's licence and languages are taken over.
+        config: the checkpoint's format.
+        report: of the run, as in bq_report.json.
+
+    Raises:
+        WriteError: if it cannot be written.
+    """
+    original = _source_card(source)
+    is_hub_name = "/" in source.name
+    data = ModelCardData(
+        base_model=source.name if is_hub_name else None,
+        base_model_relation="quantized" if is_hub_name else None,
+        license=original.get("license"),
+        license_name=original.get("license_name"),
+        license_link=original.get("license_link"),
+        language=original.get("language"),
+        library_name="vllm",
+        pipeline_tag="text-generation",
+        tags=["butterfly", "quantized", f"{config.bits}-bit", "bq-vllm"],
+        quantized_by="bq-calibrate",
+    )
+    totals, recipe = report["totals"], report["recipe"]
+    rotation = config.rotation.kind
+    if rotation != "none":
+        rotation += f", blocks of {config.rotation.block_size}"
+    rows = (f"| {g['stage']} | {g['measure']} | {g['before']:.4f} | {g['after']:.4f} |" for g in report["gains"])
+    text = _TEMPLATE.format(
+        name=source.name,
+        bits=config.bits,
+        rotation=rotation,
+        bits_per_weight=totals["bits_per_weight"],
+        size=totals["checkpoint_bytes"] / 1e6,
+        source_size=totals["source_bytes"] / 1e6,
+        group_size=config.group_size,
+        zero_point=config.zero_point,
+        tokens=report["calibration_tokens"],
+        dataset=recipe["dataset"],
+        gains="\n".join(rows),
+        settings="\n".join(f"| {key} | {value} |" for key, value in recipe.items()),
+    )
+    with explain_write(folder / "README.md"):
+        (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _source_card(source: SourceModel) -> dict[str, Any]:
+    """Front matter of the original's card; empty where there is none, or none that can be read."""
+    file = source.folder / "README.md"
+    try:
+        return ModelCard(file.read_text()).data.to_dict() if file.is_file() else {}
+    except Exception:  # a card in a form of its own is no reason to fail at the end of a run
+        return {}

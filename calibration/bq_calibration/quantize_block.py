@@ -1,0 +1,163 @@
+"""One decoder layer of the 16-bit model to tensors of the checkpoint: learn a rotation, round, refine, report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bq_kernels.format import QuantConfig
+from bq_kernels.reference import hadamard_angles, rotate
+
+from . import analysis
+from .architecture import InputGroup
+from .block import Block, InputStatistics
+from .quantize import Quantized, output_error, refine, round_gptq, round_nearest
+from .recipes import Recipe
+from .rotation import MOST_ROWS, ButterflyRotation, RotationProblem, initial_angles, learn_rotation
+from .sampling import derive_seed, spread_rows
+
+
+def quantize_block(
+    block: Block, hidden: torch.Tensor, config: QuantConfig, recipe: Recipe
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Quantize the linear layers of a block in the order in which data meets them, and install each group at once.
+
+    So every group is rounded for the inputs that the quantized layers in front of it give.
+
+    Args:
+        block: its 16-bit weights are replaced.
+        hidden: hidden states in front of it, quantized model, [samples, seqlen, hidden].
+        config: the checkpoint's format.
+        recipe: settings of the run.
+
+    Returns:
+        the block's part of the checkpoint by name, and a report per group of layers.
+
+    Raises:
+        UserError: if an input holds NaN or infinity.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    reports = []
+    for place, group in enumerate(block.groups):
+        statistics, weight = block.capture(hidden, group), block.weight(group)
+        seed = derive_seed(recipe.seed, block.index, place)
+        bits = config.bits_of(block.prefix + group.layers[0])
+        angles, losses = _angles(group, weight, statistics, bits, config, recipe, seed)
+        quantized, errors = _round_and_compare(group, weight, statistics.hessian, angles, bits, config, recipe)
+        tensors |= _stored_tensors(block, group, quantized, angles, config)
+        block.install(tensors, config, [group])
+        facts = {"block": block.index, "layers": group.name, "in_features": weight.shape[1], "bits": bits}
+        inputs = _input_report(statistics.sample, angles, config.rotation.block(group.layers[0]))
+        reports.append(facts | errors | {"learning_curve": losses} | inputs)
+    return tensors, reports
+
+
+def round_weight(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, config: QuantConfig, recipe: Recipe
+) -> Quantized:
+    """Round float32 [N, K] in the basis in which it is given, as the recipe says."""
+    group_size = config.group(weight.shape[1])
+    if recipe.rounding == "gptq":
+        return round_gptq(weight, hessian, bits, group_size, recipe.zero_point)
+    return round_nearest(weight, bits, group_size, recipe.zero_point)
+
+
+def rotated(
+    weight: torch.Tensor, hessian: torch.Tensor, angles: torch.Tensor | None, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight [N, K] and Hessian [K, K] in the basis of a rotation; `angles` None leaves them as they are."""
+    if angles is None:
+        return weight, hessian
+    rotation = ButterflyRotation(angles.float(), block_size)
+    return rotation.forward(weight), rotation.rotate_hessian(hessian)
+
+
+def _angles(
+    group: InputGroup,
+    weight: torch.Tensor,
+    statistics: InputStatistics,
+    bits: int,
+    config: QuantConfig,
+    recipe: Recipe,
+    seed: int,
+) -> tuple[torch.Tensor | None, list[float]]:
+    """Angles of the group's rotation, None without one; and the losses of learning them."""
+    features, block_size = weight.shape[1], config.rotation.block(group.layers[0])
+    if config.rotation.kind == "none":
+        return None, []
+    if config.rotation.kind == "hadamard":
+        return hadamard_angles(features, block_size, weight.device), []
+    problem = RotationProblem(
+        spread_rows(weight, MOST_ROWS),
+        statistics.hessian,
+        spread_rows(statistics.sample, MOST_ROWS // 4),
+        block_size,
+        bits,
+        config.group(features),
+    )
+    start = initial_angles(recipe.init, features, block_size, torch.Generator().manual_seed(seed))
+    options = recipe.objective, recipe.optimizer, recipe.lr, recipe.steps, recipe.uniformity
+    return learn_rotation(problem, start, *options)
+
+
+def _round_and_compare(
+    group: InputGroup,
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    angles: torch.Tensor | None,
+    bits: int,
+    config: QuantConfig,
+    recipe: Recipe,
+) -> tuple[Quantized, dict[str, Any]]:
+    """Round a weight behind its rotation; and for the report its error beside that of simpler rotations.
+
+    Rows are rounded independently of each other, so a spread of them tells the error.
+    """
+    kind, block_size = config.rotation.kind, config.rotation.block(group.layers[0])
+    others = {"none": None, "hadamard": hadamard_angles(weight.shape[1], block_size, weight.device)}
+    errors = {}
+    for name, simpler in others.items():
+        if name != kind:
+            rows, basis = rotated(spread_rows(weight, MOST_ROWS), hessian, simpler, block_size)
+            errors[name] = output_error(rows, round_weight(rows, basis, bits, config, recipe).weight(), basis)
+    weight, hessian = rotated(weight, hessian, angles, block_size)
+    rounded = round_weight(weight, hessian, bits, config, recipe)
+    refined = refine(rounded, weight, hessian, recipe.refine)
+
+    def error(quantized: Quantized) -> float:
+        return output_error(spread_rows(weight, MOST_ROWS), spread_rows(quantized.weight(), MOST_ROWS), hessian)
+
+    errors[kind] = error(rounded)
+    order = ("none", "hadamard", "butterfly")
+    return refined, {
+        "rotation_block": block_size,
+        "relative_output_error": {name: errors[name] for name in order if name in errors},
+        "refined_output_error": error(refined),
+    }
+
+
+def _stored_tensors(
+    block: Block, group: InputGroup, quantized: Quantized, angles: torch.Tensor | None, config: QuantConfig
+) -> dict[str, torch.Tensor]:
+    """The group's tensors of the checkpoint, by full name, checked against the format."""
+    tensors, start = {}, 0
+    for name, layer in block.linears(group).items():
+        stored = quantized.rows(start, start + layer.out_features).tensors()
+        if config.rotation.kind == "butterfly":
+            stored["angles"] = angles.cpu()
+        start += layer.out_features
+        full_name = block.prefix + name
+        for suffix, spec in config.tensors(full_name, layer.in_features, layer.out_features).items():
+            spec.check(f"{full_name}.{suffix}", stored[suffix])
+            tensors[f"{full_name}.{suffix}"] = stored[suffix].clone()
+    return tensors
+
+
+def _input_report(inputs: torch.Tensor, angles: torch.Tensor | None, block_size: int) -> dict[str, Any]:
+    """Outliers of a sample of the inputs before and after rotation, and the rotation's coherence."""
+    report: dict[str, Any] = {"inputs": {"before": analysis.outliers(inputs)}}
+    if angles is not None:
+        report["inputs"]["after"] = analysis.outliers(rotate(inputs, angles, block_size))
+        report["coherence"] = analysis.coherence(angles, block_size)
+        report["best_coherence"] = block_size**-0.5
+    return report
