@@ -70,42 +70,36 @@ class Calibration:
         Raises:
             UserError: naming the problem; finished blocks are kept for a run with `resume`.
         """
-        settings = {
-            "model": str(self.source.folder.resolve()),
-            **self.recipe.to_dict(),
-            **self.source.compute.to_dict(),
-        }
-        store, work = self.source.store, self.workspace
-        needed = sum(file.stat().st_size for file in set(store.file_of.values()))
-        with work.opened(settings, needed), log_to(work.out.with_name(work.out.name + ".log")):
+        settings = {"model": str(self.source.folder.resolve()), **self.recipe.to_dict()}
+        settings["compute_dtype"] = self.source.compute.to_dict()
+        needed = sum(file.stat().st_size for file in set(self.source.store.file_of.values()))
+        out, work = self.workspace.out, self.workspace
+        with work.opened(settings, needed), log_to(out.with_name(out.name + ".log")):
             logger.info("%s: %s", self.source.name, settings)
-            tokens = work.tensors("tokens", lambda: {"tokens": gather_tokens(self.source, self.recipe, progress)})[
-                "tokens"
-            ]
-            if self.recipe.target_bpw is not None:
-                bits = work.json(
-                    "module_bits", lambda: mixed_bits(self.source, self.config, self.recipe, tokens, progress)
-                )
-                self.config = dataclasses.replace(self.config, module_bits=bits)
-            blocks = self._quantize_blocks(tokens, progress)
-            tensors, stages = train_end_to_end(self.source, self.config, self.recipe, tokens, work, "blocks", progress)
-            final = work.path / "final"
-            export(self.source, tensors, self.config, final)
-            used = tokens.numel() - self.recipe.held_out * tokens.shape[1] * self.recipe.trains
-            report = write_report(final, self.source, self.config, self.recipe, used, blocks, stages, self._run_facts())
-            write_model_card(final, self.source, self.config, report)
-            if self.plots:
-                from .plots import write_plots  # matplotlib takes a second to load
-
-                write_plots(final / "report", report)
-            work.publish(final)
-            logger.info(
-                "%s: %.3f bits per weight, %.0f s",
-                work.out,
-                report["totals"]["bits_per_weight"],
-                report["run"]["wall_seconds"],
-            )
+            tokens = work.tensors("tokens", lambda: {"tokens": gather_tokens(self.source, self.recipe, progress)})
+            report = self._stages(tokens["tokens"], progress)
+            bits, seconds = report["totals"]["bits_per_weight"], report["run"]["wall_seconds"]
+            logger.info("%s: %.3f bits per weight, %.0f s", out, bits, seconds)
         work.remove()
+        return report
+
+    def _stages(self, tokens: torch.Tensor, progress: Progress) -> dict[str, Any]:
+        source, recipe, work = self.source, self.recipe, self.workspace
+        if recipe.target_bpw is not None:
+            bits = work.json("module_bits", lambda: mixed_bits(source, self.config, recipe, tokens, progress))
+            self.config = dataclasses.replace(self.config, module_bits=bits)
+        blocks = self._quantize_blocks(tokens, progress)
+        tensors, stages = train_end_to_end(source, self.config, recipe, tokens, work, "blocks", progress)
+        final = work.path / "final"
+        export(source, tensors, self.config, final)
+        used = tokens.numel() - recipe.held_out * tokens.shape[1] * recipe.trains
+        report = write_report(final, source, self.config, recipe, used, blocks, stages, self._run_facts())
+        write_model_card(final, source, self.config, report)
+        if self.plots:
+            from .plots import write_plots  # matplotlib takes a second to load
+
+            write_plots(final / "report", report)
+        work.publish(final)
         return report
 
     def _format(self) -> QuantConfig:
