@@ -223,14 +223,6 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-@page
-def test_units_are_said_with_per(path):
-    units = "bytes|bits|tokens|seconds|steps|rows|nats|words|instructions|minutes|weights|GB|ms|µs|s"
-    parts = "token|weight|second|step|layer|group|block|row|word|tile|window|feature|channel|column|core|sample|slice"
-    found = re.findall(rf"\b(?:{units}) an? (?:{parts})\b", path.read_text())
-    assert not found
-
-
 # ---- calibration.md
 
 
