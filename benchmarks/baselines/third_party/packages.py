@@ -1,11 +1,14 @@
-"""Peers of the accuracy table that are real packages: `auto-round` and `llmcompressor`, with their own levels.
+"""Methods of the accuracy table that packages bring: `auto-round` and `llmcompressor`, with their own levels.
 
-    python benchmarks/peers/packages.py auto-round MODEL -o OUT --tokens tokens.safetensors [--bits 2] [--asym]
+    python benchmarks/baselines/third_party/packages.py auto-round MODEL -o OUT --tokens tokens.safetensors [--bits 2]
 
 OUT is an ordinary dense checkpoint in the dtype in which the package leaves the weights, fake-quantized, with
-`peer.json` beside it. The script imports nothing of this project, for it may run in an environment of its own:
+`peer.json` beside it. The script imports nothing of this project, since it may run in an environment of its own:
 
     pip install auto-round llmcompressor typer
+
+It has a folder of its own, since a script's folder comes first on sys.path: beside it, awq.py would hide the package
+`awq`.
 """
 
 from __future__ import annotations
@@ -32,11 +35,11 @@ Out = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 Tokens = Annotated[Path, typer.Option(help="Safetensors file with int64 `tokens` [samples, seqlen].")]
 Bits = Annotated[int, typer.Option(help="Bits per weight code.")]
 GroupSize = Annotated[int, typer.Option(help="Columns that share a scale.")]
-Asym = Annotated[bool, typer.Option("--asym", help="An integer zero point for every group, `bits` bits wide.")]
+Asym = Annotated[bool, typer.Option("--asym", help="An integer zero point per group, `bits` bits wide.")]
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of the decoder blocks, by name: what every method of the table quantizes."""
+    """The linear layers of the decoder layers, by name: those that every method of the table quantizes."""
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name}
 
 
@@ -49,9 +52,9 @@ def most_levels(weight: torch.Tensor, group: int) -> int:
 def write_facts(
     folder: Path, name: str, tokens: torch.Tensor, bits: int, group: int, asym: bool, resumed: bool = False
 ) -> None:
-    """Write `peer.json`: what a row of the table says beside its scores, under the names that `bq_report.json` uses.
+    """Write `peer.json`: what a row of the table shows beside its scores, under the names that `bq_report.json` uses.
 
-    Bits per weight are those of the codes, a 16-bit scale a group, and with `asym` an integer zero point a group.
+    Bits per weight count the codes, a 16-bit scale per group, and with `asym` an integer zero point per group.
 
     Args:
         folder: of the checkpoint.
@@ -85,7 +88,10 @@ def write(
 ) -> None:
     """Write the fake-quantized model, whole or not at all.
 
-    The levels of every group are counted, so that a layer which the package left out or grouped otherwise is an error.
+    The levels of every group are counted: a layer that the package left out, or grouped otherwise, is an error.
+
+    Raises:
+        SystemExit: if a group has too many levels.
     """
     for name, layer in quantized_layers(model).items():
         found = most_levels(layer.weight, group)
@@ -106,7 +112,7 @@ def auto_round(
     bits: Bits = 2,
     group_size: GroupSize = 64,
     asym: Asym = False,
-    iters: Annotated[int, typer.Option(help="Steps a block.")] = 200,
+    iters: Annotated[int, typer.Option(help="Steps per block.")] = 200,
 ) -> None:
     """AutoRound (arXiv 2309.05516) as the package has it: signed gradient descent on rounding and clipping."""
     from auto_round import AutoRound, QuantizationScheme

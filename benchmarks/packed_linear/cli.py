@@ -1,0 +1,121 @@
+"""Times of the packed linear and of the rotation beside their floors, cuBLAS, and every peer that is installed.
+
+    python benchmarks/kernels.py run  [--shapes llama2-70b,square] [--rows 1,16] [--minutes 9] [--json FILE]
+    python benchmarks/kernels.py tune [--minutes 9]     fill launch.json for this GPU, then `run`
+    python benchmarks/kernels.py plot FILE              draw FILE.png from the JSON of an earlier run
+
+Ceilings (a device copy, an fp16 product) are measured first, and floors derive from them. Each figure is the median
+over replays of a CUDA graph that goes through several sets of weights, together larger than the L2 cache; results are
+checked against a float32 product on the same tensors before they are timed. `--smoke` runs all of it on tiny shapes,
+on a CPU too, where its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.harness.provenance import command
+from benchmarks.harness.results import finish, write_plot
+from benchmarks.packed_linear import report, tuning
+from benchmarks.packed_linear.cases import SHAPES, LinearCase
+from benchmarks.packed_linear.measure import Measurement, environment, measure_ceilings
+from benchmarks.packed_linear.warming import WarmUp, build_kernels
+
+ROWS = "1,2,4,8,16,32,64,128,256,1024,4096"
+TUNED_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+TUNED_SHAPES = (SHAPES["square"]["square"], SHAPES["llama2-70b"]["down"], SHAPES["llama2-7b"]["qkv"])
+
+app = typer.Typer(add_completion=False, help=__doc__)
+console = Console(width=180)
+
+
+def _device(smoke: bool) -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if not smoke:
+        sys.exit("no GPU here; --smoke runs the script on a CPU, where its times mean nothing")
+    return "cpu"
+
+
+@app.command()
+def run(
+    shapes: Annotated[str, typer.Option(help="Models, comma-separated.")] = "square,llama2-70b,llama2-7b,llama2-13b",
+    rows: Annotated[str, typer.Option(help="Rows of x, comma-separated.")] = ROWS,
+    group: Annotated[int, typer.Option(help="Columns that share a scale.")] = 128,
+    minutes: Annotated[float, typer.Option(help="Stop after that long and say what is left out.")] = 8.5,
+    smoke: bool = False,
+    as_json: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/kernels.json"),
+) -> None:
+    """Measure, print the table, write JSON and a plot beside it."""
+    device = _device(smoke)
+    if smoke:
+        shapes, rows, group = "smoke", "1,5", 64
+    deadline = time.monotonic() + 60 * minutes
+    torch.manual_seed(0)
+    ceilings = measure_ceilings(device)
+    speeds = f"copy {ceilings.bandwidth / 1e9:.0f} GB/s, fp16 {ceilings.operations / 1e12:.0f} TFLOP/s"
+    console.print(f"{environment()}\n{speeds}")
+    layers = {f"{model} {name}": shape for model in shapes.split(",") for name, shape in SHAPES[model].items()}
+    counts = [int(count) for count in rows.split(",")]
+    build_kernels([WarmUp(*shape, group, counts, [None]) for shape in layers.values()], console)
+    measurement = Measurement(ceilings, deadline)
+    for layer, shape in layers.items():
+        if measurement.measure_layer(layer, *shape, group, device, counts):
+            console.print(report.layer_table(measurement.rows, layer))
+    record = {
+        "command": command(),
+        "environment": environment(),
+        "ceilings": vars(ceilings),
+        "group": group,
+        "rows": measurement.rows,
+        "left_out": measurement.left_out,
+    }
+    comparison = [] if smoke else [report.comparison_table(measurement.rows, ceilings.bandwidth)]
+    finish(console, record, as_json, comparison, lambda: report.plot(record))
+
+
+@app.command()
+def tune(
+    minutes: Annotated[float, typer.Option(help="Stop after that long; rows not reached keep the default.")] = 8.5,
+    group: int = 128,
+    smoke: bool = False,
+) -> None:
+    """Try launches for every number of rows on a few layers and write the best of them to launch.json."""
+    device = _device(smoke)
+    deadline = time.monotonic() + 60 * minutes
+    torch.manual_seed(0)
+    cache = measure_ceilings(device).cache
+    shapes = [SHAPES["smoke"]["smoke"]] if smoke else TUNED_SHAPES
+    counts = (1, 5) if smoke else TUNED_ROWS
+    cases = [LinearCase(*shape, group, device, cache) for shape in shapes]
+    build_kernels([WarmUp(*shape, group, [n], tuning.candidates(n)) for n in counts for shape in shapes], console)
+    best = [vars(launch) for launch in tuning.rank(counts, cases, deadline, console, 2 if smoke else None)]
+    best.append({"rows": None, "kernel": "dense"})
+    gpu = environment()["device"]
+    if not smoke:
+        tuning.write_launch_table(gpu, best)
+    console.print(f"launch.json: {len(best)} lines for {gpu}")
+
+
+@app.command()
+def plot(
+    results: Annotated[Path, typer.Argument(help="JSON file that `run` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Image file; beside the JSON by default.")] = None,
+    note: Annotated[str, typer.Option(help="What to add to the title.")] = "",
+) -> None:
+    """Draw an earlier run's results, print its tables; nothing is measured."""
+    record = json.loads(results.read_text())
+    for layer in dict.fromkeys(row["layer"] for row in record["rows"]):
+        console.print(report.layer_table(record["rows"], layer))
+    console.print(report.comparison_table(record["rows"], record["ceilings"]["bandwidth"]))
+    out = out or results.with_suffix(".png")
+    write_plot(out, report.plot(record, note))
+    console.print(f"{out} drawn from {results}")

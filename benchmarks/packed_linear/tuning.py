@@ -1,0 +1,91 @@
+"""Search for the best launch by number of rows, for launch.json."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from bq_kernels import triton_linear
+from bq_kernels.triton_linear import Launch
+from rich.console import Console
+
+from benchmarks.harness.timing import median_seconds
+from benchmarks.packed_linear.cases import DTYPE, LinearCase
+
+LAUNCH_TABLE = Path(triton_linear.__file__).with_name("launch.json")
+
+
+def candidates(rows: int) -> list[Launch]:
+    """Launches worth trying for a number of rows."""
+    found = []
+    if rows <= 16:
+        for columns, programs, fuse in itertools.product((256, 512, 1024), (2, 3, 4, 6), (True, False)):
+            found.append(Launch(rows, "decode", programs, columns, fuse))
+    if rows >= 8:
+        block = max(16, 1 << (rows - 1).bit_length())
+        for block_m, tiles, stages, programs in itertools.product((block, block // 2), (1, 2), (3, 4), (1, 2, 4)):
+            if 16 <= block_m <= 128:
+                warps = 8 if tiles * block_m >= 256 or tiles == 2 else 4
+                found.append(Launch(rows, "gemm", programs, block_m=block_m, tiles=tiles, stages=stages, warps=warps))
+    if rows >= 128:
+        found.append(Launch(rows, "dense"))
+    return found
+
+
+def _mean_seconds(launch: Launch, rows: int, cases: list[LinearCase], tables: list[tuple]) -> float:
+    """Geometric mean over layers of a launch's time, with a rotation in blocks of a group."""
+    logarithms = []
+    for case, (cos_sin, mix) in zip(cases, tables, strict=True):
+        x = torch.randn(rows, case.in_features, device=case.device, dtype=DTYPE)
+
+        def call(i, x=x, case=case, cos_sin=cos_sin, mix=mix):
+            return triton_linear.packed_linear(x, *case.packed[i], None, case.out_features, cos_sin, mix, launch)
+
+        timed = call if case.device == "cuda" else lambda i: None  # kernels do not run on a CPU
+        logarithms.append(math.log(max(median_seconds(timed, len(case.packed)), 1e-12)))
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def rank(
+    counts: tuple[int, ...], cases: list[LinearCase], deadline: float, console: Console, most: int | None = None
+) -> Iterator[Launch]:
+    """Yield the best launch by number of rows, those reached before the deadline; prints the best three of each.
+
+    Args:
+        counts: numbers of rows.
+        cases: layers whose times count alike.
+        deadline: by time.monotonic().
+        console: where to print.
+        most: candidates per number of rows; all by default.
+    """
+    tables = [case.rotation_tables(case.group_size) for case in cases]
+    for rows in counts:
+        ranked: list[tuple[float, Launch]] = []
+        for launch in candidates(rows)[:most]:
+            if time.monotonic() > deadline:
+                break
+            try:
+                ranked.append((_mean_seconds(launch, rows, cases, tables), launch))
+            except Exception as problem:  # too many registers or too much shared memory for this GPU
+                console.print(f"left out: {launch}: {type(problem).__name__}: {problem}"[:160], markup=False)
+        ranked.sort(key=lambda item: item[0])
+        for mean, launch in ranked[:3]:
+            console.print(f"{rows} rows: {mean * 1e6:.1f} µs {launch}", markup=False)
+        if ranked:
+            yield ranked[0][1]
+
+
+def write_launch_table(key: str, launches: list[dict[str, Any]], path: Path = LAUNCH_TABLE) -> None:
+    """Put the launches of one device into the table, one line per launch."""
+    table = json.loads(path.read_text()) | {key: launches}
+    entries = (
+        f"  {json.dumps(name)}: [\n" + ",\n".join(f"    {json.dumps(launch)}" for launch in lines) + "\n  ]"
+        for name, lines in table.items()
+    )
+    path.write_text("{\n" + ",\n".join(entries) + "\n}\n")

@@ -1,0 +1,27 @@
+"""What serving.py measures, and how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Task = tuple[str, int]  # latency, throughput, profile or serve; and for how many requests
+PARTS = ("latency", "throughput", "serve")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The same for all rows.
+
+    Attributes:
+        runs: how often each task is measured.
+        latency: tokens in and out of a request of `bench latency`.
+        load: tokens in and out of a request of `bench throughput` and `bench serve`.
+        prompts: requests of `bench throughput`.
+        flags: flags of all engines.
+    """
+
+    runs: int
+    latency: tuple[int, int]
+    load: tuple[int, int]
+    prompts: int
+    flags: tuple[str, ...]

@@ -1,0 +1,67 @@
+"""The benchmark of kernels runs to its end on a CPU, on shapes so small that its times mean nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.packed_linear import tuning
+from benchmarks.packed_linear.report import comparison_table, layer_table
+
+ROOT = Path(__file__).parents[2]
+LAUNCH_TABLE = ROOT / "kernels" / "bq_kernels" / "launch.json"
+MEASURED = ROOT / "benchmarks" / "results" / "h100" / "kernels_default_launch.json"
+
+
+def test_kernels(run, tmp_path):
+    printed = run("kernels.py", "run", "--smoke", "--json", tmp_path / "kernels.json")
+    record = json.loads((tmp_path / "kernels.json").read_text())
+    assert (tmp_path / "kernels.png").exists()
+    ours = {"ours, no rotation", "ours, block = group", "ours, full width", "ours, Hadamard = group"}
+    for row in record["rows"]:
+        assert ours | {"cuBLAS fp16"} <= row["times"].keys()
+        assert all(0 < error < 2e-3 for name, error in row["errors"].items() if name in ours)
+    # a peer that is not installed is named, not passed over
+    assert "left out: smoke smoke, Humming W2" in printed or "Humming W2" in record["rows"][0]["times"]
+
+
+@pytest.mark.slow
+def test_tuning_of_kernels(run):
+    before = LAUNCH_TABLE.read_text()
+    assert "3 lines" in run("kernels.py", "tune", "--smoke")
+    assert LAUNCH_TABLE.read_text() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_want_a_gpu(start):
+    done = start("kernels.py", "run")
+    assert done.returncode != 0 and "no GPU here" in done.stderr
+
+
+def test_plot_without_measuring(run, tmp_path):
+    printed = run("kernels.py", "plot", MEASURED, "--out", tmp_path / "kernels.png")
+    assert (tmp_path / "kernels.png").stat().st_size > 0
+    assert "12288 × 4096" in printed and "2.63 to 2.76" in printed
+
+
+def test_tables_of_a_record():
+    record = json.loads(MEASURED.read_text())
+    table = layer_table(record["rows"], "square square")
+    assert table.row_count == 11 and [column.header for column in table.columns][:3] == ["rows", "floor", "cuBLAS fp16"]
+    assert next(iter(table.columns[2].cells)) == "47.3"
+    rows = [row for row in record["rows"] if row["rows"] == 1]
+    (times,) = (row["times"] for row in rows if row["layer"] == "square square")
+    assert times["cuBLAS fp16"] / times["ours, block = group"] == pytest.approx(2.76, abs=0.01)
+    comparison = comparison_table(rows, record["ceilings"]["bandwidth"])
+    assert [next(iter(column.cells)) for column in comparison.columns][:2] == ["1", "2.63 to 2.76"]
+
+
+def test_launch_table_keeps_other_devices(tmp_path):
+    path = tmp_path / "launch.json"
+    path.write_text('{"default": [{"rows": null, "kernel": "dense"}]}')
+    tuning.write_launch_table("a GPU", [{"rows": 1, "kernel": "decode"}, {"rows": None, "kernel": "dense"}], path)
+    table = json.loads(path.read_text())
+    assert table["default"] == [{"rows": None, "kernel": "dense"}]
+    assert table["a GPU"][0] == {"rows": 1, "kernel": "decode"}
+    assert len(path.read_text().splitlines()) == 9  # one line per launch
