@@ -6,22 +6,23 @@ from __future__ import annotations
 def register() -> None:
     """Make `--quantization butterfly` known to vLLM: the entry point of group `vllm.general_plugins`.
 
-    vLLM calls it in the API server, in the engine and in every worker; an exception here would stop vLLM for every
-    model, so what goes wrong is logged. Calling it again changes nothing.
+    vLLM calls it in the API server, in the engine and in every worker. An exception here would stop vLLM for every
+    model, so errors are logged instead. A second call changes nothing.
     """
     try:
         from bq_kernels.format import QUANT_METHOD
         from vllm.model_executor.layers.quantization import register_quantization_config
 
-        from .config import BACKEND_VARIABLE, ButterflyConfig, chosen_backend
+        from .backend import BACKEND_VARIABLE, chosen_backend
+        from .config import ButterflyConfig
 
         register_quantization_config(QUANT_METHOD)(ButterflyConfig)
 
-        # vLLM keys its cache of compiled graphs by the variables that it knows: make it know ours
+        # vLLM keys its cache of compiled graphs by the variables in this table: a backend must not run another's graph
         from vllm.envs import environment_variables
 
         environment_variables[BACKEND_VARIABLE] = chosen_backend
     except Exception:
-        import logging
+        import logging  # vllm.logger may be what failed to import; vLLM's handlers take this name as well
 
         logging.getLogger("vllm.bq_vllm").exception("quantization 'butterfly' is not available: the plugin failed")

@@ -1,9 +1,8 @@
-"""What vLLM asks a quantization about: which layers it covers, and how their weights are handled."""
+"""Quantization config of butterfly checkpoints in vLLM: the layers that it covers and the method of each."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,6 @@ from typing import Any
 import torch
 from bq_kernels.format import QUANT_METHOD, FormatError, QuantConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-
-BACKEND_VARIABLE = "BQ_VLLM_BACKEND"
-
-
-def chosen_backend() -> str:
-    """The backend that the environment asks for; empty where the platform shall decide."""
-    return os.environ.get(BACKEND_VARIABLE, "")
 
 
 def check_shards(directory: Path) -> None:
@@ -46,10 +38,10 @@ def check_shards(directory: Path) -> None:
 
 
 class ButterflyConfig(QuantizationConfig):
-    """`quantization_config` of a checkpoint as vLLM sees it.
+    """vLLM's view of the `quantization_config` of a checkpoint.
 
     Args:
-        quant: the parsed table.
+        quant: the parsed `quantization_config`.
     """
 
     def __init__(self, quant: QuantConfig) -> None:
@@ -57,21 +49,21 @@ class ButterflyConfig(QuantizationConfig):
         self.quant = quant
 
     def get_name(self) -> str:
-        """The name behind `--quantization`."""
+        """The value of `--quantization`."""
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Activation dtypes that the kernels take."""
+        """Activation dtypes that the kernels support."""
         return [torch.float16, torch.bfloat16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Ampere: what Triton's kernels need on CUDA."""
+        """Ampere (8.0), the oldest CUDA capability that the Triton kernels run on."""
         return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """A file that no model has: then vLLM says clearly that a model without `quantization_config` has no config."""
+        """A file that no model has: for a model without `quantization_config`, vLLM then reports that it is missing."""
         return ["butterfly_quantization_config.json"]
 
     @classmethod
@@ -79,32 +71,32 @@ class ButterflyConfig(QuantizationConfig):
         """Parse `quantization_config`.
 
         Raises:
-            FormatError: on anything that format version 1 does not know.
+            FormatError: naming the key that format version 1 does not allow.
         """
         return cls(QuantConfig.from_dict(config))
 
     def maybe_update_config(self, model_name: str, *args, **kwargs) -> None:
-        """Nothing to update, but the first place that knows the checkpoint: refuses damaged files by name."""
+        """Refuse damaged files by name; vLLM calls this first with the checkpoint known, and nothing is updated."""
         check_shards(Path(model_name))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
-        """Rename the modules of the config as vLLM renames the model's."""
+        """Rename the modules that the config names as vLLM renames those of the model."""
         names = hf_to_vllm_mapper.apply_list(list(self.quant.modules_to_not_convert))
         bits = hf_to_vllm_mapper.apply_dict(self.quant.module_bits)
         self.quant = replace(self.quant, modules_to_not_convert=tuple(names), module_bits=bits)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Method for a layer; None, vLLM's default, for attention and embeddings.
+        """Method of a layer; None, vLLM's default, for attention and embeddings.
 
         Raises:
             FormatError: for experts, and for fused layers whose parts the checkpoint treats differently.
         """
-        # here, since vLLM imports the config before it wants torch.compile to be touched
+        # imported late: linear.py loads vLLM's layers, which set up torch.compile, and vLLM imports this file earlier
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
         from .linear import ButterflyLinearMethod
 
-        # by name: the class moved and changed its name within the supported versions
+        # by name: the class was moved and renamed within the supported versions of vLLM
         if {"FusedMoE", "RoutedExperts"} & {base.__name__ for base in type(layer).__mro__}:
             if self.quant.skips(prefix):
                 return None
@@ -129,8 +121,8 @@ class ButterflyConfig(QuantizationConfig):
         rotation = self.quant.rotation
         if len({rotation.block(module) for module in modules}) > 1:
             blocks = {part: rotation.block(module) for part, module in zip(parts, modules, strict=True)}
-            raise FormatError(f"{prefix}: vLLM fuses layers that share an input, so their rotation blocks: {blocks}")
+            raise FormatError(f"{prefix}: vLLM fuses layers, which then need the same rotation block: {blocks}")
         bits = {part: self.quant.bits_of(module) for part, module in zip(parts, modules, strict=True)}
         if len(set(bits.values())) > 1:
-            raise FormatError(f"{prefix}: vLLM fuses layers that then need as many bits each: {bits}")
+            raise FormatError(f"{prefix}: vLLM fuses layers, which then need the same number of bits: {bits}")
         return ButterflyLinearMethod(self.quant, modules)

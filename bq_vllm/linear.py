@@ -1,8 +1,4 @@
-"""Linear layers: packed weights and angles in, checked against the format, then handed to one of three backends.
-
-`triton` (CUDA, ROCm) multiplies with the packed integers. `dense` (the default elsewhere) folds the rotation back at
-load time and serves as fast, and as large, as the 16-bit model. `reference` is plain torch, for comparison.
-"""
+"""Linear layers in vLLM: load packed weights and angles, check them against the format, prepare them for a backend."""
 
 from __future__ import annotations
 
@@ -12,9 +8,9 @@ from fractions import Fraction
 from types import MethodType
 
 import torch
-from bq_kernels import ops, reference
+from bq_kernels import reference
 from bq_kernels.format import GROUP_MULTIPLE, PER_CHANNEL, FormatError, QuantConfig, TensorSpec
-from bq_kernels.tiles import tile
+from bq_kernels.prepared import PreparedWeights, prepare_weights, prepared_linear
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -27,26 +23,8 @@ from vllm.model_executor.parameter import (
     GroupQuantScaleParameter,
     PackedvLLMParameter,
 )
-from vllm.platforms import current_platform
 
-from .config import BACKEND_VARIABLE, chosen_backend
-
-BACKENDS = ("triton", "dense", "reference")
-
-
-def select_backend() -> str:
-    """`BQ_VLLM_BACKEND`, or what suits the platform.
-
-    Raises:
-        ValueError: if the variable names no backend, or one that cannot run here.
-    """
-    on_gpu = current_platform.is_cuda_alike()
-    backend = chosen_backend() or ("triton" if on_gpu else "dense")
-    if backend not in BACKENDS:
-        raise ValueError(f"{BACKEND_VARIABLE}={backend}: unknown backend, expected one of {list(BACKENDS)}")
-    if backend == "triton" and not on_gpu and not ops.interpreted():
-        raise ValueError(f"{BACKEND_VARIABLE}=triton on a CPU needs TRITON_INTERPRET=1")
-    return backend
+from .backend import select_backend
 
 
 def check_shard(module: str, config: QuantConfig, in_features: int, shard: int) -> None:
@@ -56,7 +34,7 @@ def check_shard(module: str, config: QuantConfig, in_features: int, shard: int) 
         FormatError: naming the layer, the tensor-parallel size and the largest one that works.
     """
     block = config.rotation.block(module)
-    # one group a row means one scale for all columns: any shard of them may keep it
+    # one group per row is one scale for all columns: every shard of them may keep it
     group = GROUP_MULTIPLE if config.group_size == PER_CHANNEL else config.group_size
     unit = math.lcm(GROUP_MULTIPLE, group, block)
     if shard % unit:
@@ -70,14 +48,14 @@ def check_shard(module: str, config: QuantConfig, in_features: int, shard: int) 
 
 @dataclass
 class LayerTensors:
-    """What the checkpoint must hold for a layer, and what of it has arrived.
+    """The tensors that the checkpoint must hold for a layer, and those that have been loaded.
 
     Attributes:
         config: the checkpoint's format.
-        modules: for every output partition of the layer, its name in the checkpoint.
-        sizes: for every output partition, its rows in the checkpoint (all tensor-parallel ranks together).
-        in_features: columns in the checkpoint.
-        loaded: (suffix, partition) of what has been loaded.
+        modules: name in the checkpoint, per output partition of the layer.
+        sizes: out_features in the checkpoint (all tensor-parallel ranks together), per output partition.
+        in_features: in_features in the checkpoint.
+        loaded: (suffix, partition) of the tensors that have been loaded.
     """
 
     config: QuantConfig
@@ -87,22 +65,23 @@ class LayerTensors:
     loaded: set[tuple[str, int]] = field(default_factory=set)
 
     def specs(self, partitions: list[int]) -> dict[str, TensorSpec]:
-        """Tensors, by suffix, of output partitions that are stored as one."""
+        """Tensors, by suffix, of output partitions that the checkpoint stores as one layer."""
         rows = sum(self.sizes[i] for i in partitions)
         return self.config.tensors(self.modules[partitions[0]], self.in_features, rows)
 
 
 def load_tensor(layer: torch.nn.Module, param: Parameter, loaded_weight: torch.Tensor, shard_id=None) -> None:
-    """Weight loader of every stored tensor, bound to its layer: checks it, then shards it.
+    """Weight loader of every stored tensor, bound to its layer: checks the tensor, then shards it.
 
-    It is a bound method and no closure, since vLLM's reloading recognises those and cuts the reference to the layer.
+    It is a bound method and not a closure: vLLM's reloading recognises bound methods and cuts the reference to the
+    layer.
 
     Raises:
-        FormatError: if the tensor is not what the format says.
+        FormatError: if shape, dtype or values of the tensor break the format.
     """
     tensors, suffix = layer.butterfly, param.suffix
     if shard_id is None:
-        partitions = list(range(len(tensors.modules)))  # also what is fused on disk
+        partitions = list(range(len(tensors.modules)))  # also where the checkpoint stores the layers fused
     elif isinstance(shard_id, str):
         partitions = ["qkv".index(shard_id)]
     else:
@@ -120,9 +99,12 @@ def load_tensor(layer: torch.nn.Module, param: Parameter, loaded_weight: torch.T
 
 
 def load_other(layer: torch.nn.Module, param: Parameter | torch.nn.Module, loaded_weight: torch.Tensor, *args) -> None:
-    """The layer's own weight loader, except that it refuses tensors that the layer does not have.
+    """The layer's own weight loader, which refuses tensors that the layer does not have.
 
     vLLM passes the fused layer itself for a tensor that it cannot place.
+
+    Raises:
+        FormatError: naming the surplus tensor.
     """
     if param is layer:
         raise FormatError(
@@ -157,10 +139,10 @@ class ButterflyLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
-        """Register the stored tensors of this rank, floats as NaN so that one that never arrives is found.
+        """Register the stored tensors of this rank, floats as NaN so that a tensor that is never loaded is found.
 
         `qweight` int32 [N, K·bits/32], `scales` and `zeros` float16 [N, K/group], and `angles` float16
-        [partitions, K/block, angles a block]: q, k and v each bring a copy, and copies that differ are refused.
+        [partitions, K/block, angles per block]: q, k and v each have a copy, and copies that differ are refused.
         """
         partitions = len(output_partition_sizes)
         ranks = output_size // sum(output_partition_sizes)
@@ -172,7 +154,7 @@ class ButterflyLinearMethod(LinearMethodBase):
             [size * ranks // n for size, n in zip(output_partition_sizes, copies, strict=True)],
             input_size,
         )
-        layer.packed_rows = sum(output_partition_sizes)
+        layer.packed_out_features = sum(output_partition_sizes)
         layer.weight_loader = MethodType(load_other, layer)
         layer.butterfly.specs(list(range(partitions)))  # refuses groups and blocks that do not divide
         check_shard(self.modules[0], self.config, input_size, input_size_per_partition)
@@ -196,12 +178,12 @@ class ButterflyLinearMethod(LinearMethodBase):
             layer.register_parameter(suffix, param)
 
     def _finish_loading(self, layer: torch.nn.Module) -> torch.Tensor | None:
-        """Refuse what is missing; returns the layer's angles [K/block, angles a block], None without a rotation."""
+        """Refuse missing tensors; returns the layer's angles [K/block, angles per block], None without a rotation."""
         tensors = layer.butterfly
         expected = [(suffix, i) for i in range(len(tensors.modules)) for suffix in tensors.specs([i])]
         if tensors.loaded:
             missing = [tensor for tensor in expected if tensor not in tensors.loaded]
-        else:  # dummy weights are finite; NaN is what create_weights left behind
+        else:  # dummy weights are finite, unlike the NaN of create_weights
             missing = [] if torch.isfinite(layer.scales).all() else expected
         if missing:
             suffix, i = missing[0]
@@ -225,33 +207,31 @@ class ButterflyLinearMethod(LinearMethodBase):
     def _columns(self, layer: torch.nn.Module) -> int:
         return layer.qweight.shape[1] * 32 // self.bits
 
+    def _stored(self, layer: torch.nn.Module, angles: torch.Tensor | None) -> tuple:
+        """A layer in the checkpoint's layout: the arguments of `dense_weight` and `prepare_weights`."""
+        zeros = layer.zeros.data if hasattr(layer, "zeros") else None
+        return layer.qweight.data, layer.scales.data, zeros, angles, self.block_size, self._columns(layer)
+
     def _dense_weight(self, layer: torch.nn.Module, angles: torch.Tensor | None) -> torch.Tensor:
-        packed = layer.qweight.data, layer.scales.data, layer.zeros.data if hasattr(layer, "zeros") else None
-        weight = reference.dense_weight(*packed, angles, self.block_size, self._columns(layer))
-        return weight.to(layer.params_dtype)
+        return reference.dense_weight(*self._stored(layer, angles)).to(layer.params_dtype)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Check what was loaded and bring it into the form of the backend; again after every reload.
+        """Check the loaded tensors and bring them into the layout of the backend; again after every reload.
 
         Raises:
             FormatError: if a tensor is missing, or angles that must be the same differ.
         """
         angles = self._finish_loading(layer)
-        # Parameters and not attributes or buffers: reloading and sleep mode keep only those up to date
         if self.backend == "dense":
-            kept = {"weight": self._dense_weight(layer, angles)}
+            prepared = {"weight": self._dense_weight(layer, angles)}
         else:
-            packed = layer.qweight.data, layer.scales.data, layer.zeros.data if hasattr(layer, "zeros") else None
-            if self.backend == "triton":
-                packed = tile(*packed, self._columns(layer))
-            kept = dict(zip(("qweight", "scales", "zeros"), packed, strict=True))
-            if angles is not None:
-                kept["cos_sin"], kept["mix"] = reference.givens_tables(angles, self.block_size)
+            prepared = prepare_weights(*self._stored(layer, angles), tiled=self.backend == "triton")._asdict()
         for name in ("qweight", "scales", "zeros", "angles"):
             if hasattr(layer, name):
                 delattr(layer, name)
-        for name, data in kept.items():
+        for name, data in prepared.items():
             if data is not None:
+                # Parameters, not attributes or buffers: reloading and sleep mode keep only those up to date
                 layer.register_parameter(name, Parameter(data, requires_grad=False))
         if self.backend == "dense":
             self.dense.process_weights_after_loading(layer)
@@ -260,14 +240,10 @@ class ButterflyLinearMethod(LinearMethodBase):
         """y = W x + bias for x [..., K] in any supported dtype."""
         if self.backend == "dense":
             return self.dense.apply(layer, x, bias)
-        weights = layer.qweight, layer.scales, getattr(layer, "zeros", None)
         tables = (layer.cos_sin, layer.mix) if self.rotates else (None, None)
-        if self.backend == "triton":
-            return ops.packed_linear(x, *weights, bias, layer.packed_rows, *tables)
-        if self.rotates:
-            x = reference.apply_rotation(x, *tables)
-        return reference.packed_linear(x, *weights, bias)
+        weights = PreparedWeights(layer.qweight, layer.scales, getattr(layer, "zeros", None), *tables)
+        return prepared_linear(x, weights, bias, layer.packed_out_features)
 
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
-        """The dense weight [N, K] of a layer that has just been loaded: vLLM quantizes it anew on request."""
+        """The dense weight [N, K] of a layer that has just been loaded; vLLM asks for it to quantize it anew."""
         return self._dense_weight(layer, self._finish_loading(layer))

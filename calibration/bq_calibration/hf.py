@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from bq_kernels import ops
 from bq_kernels.format import QUANT_METHOD, QuantConfig
-from bq_kernels.reference import angles_of, apply_rotation, dense_weight, givens_tables, packed_linear
-from bq_kernels.tiles import tile
+from bq_kernels.prepared import PreparedWeights, prepare_weights, prepared_linear
+from bq_kernels.reference import angles_of, dense_weight
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -22,17 +22,17 @@ from .checkpoint import quantized_layers, verify
 
 
 def runs_kernels(device: torch.device) -> bool:
-    """Whether the packed product runs as a kernel there, or in plain torch on the tensors as they are stored."""
+    """Whether the packed product runs as a Triton kernel on `device`; otherwise it is plain torch on stored tensors."""
     return device.type != "cpu" or ops.interpreted()
 
 
 class ButterflyLinear(nn.Module):
-    """A linear layer with a rotation in front and packed weights behind; inference only.
+    """A linear layer that rotates its input and multiplies with packed weights; inference only.
 
     Args:
         config: quantization config of the checkpoint.
         name: full name of the layer; its last part selects the rotation block.
-        linear: the layer that it replaces, for its shape and bias.
+        linear: the layer that it replaces; its shape and bias are taken over.
     """
 
     def __init__(self, config: QuantConfig, name: str, linear: nn.Linear):
@@ -46,37 +46,25 @@ class ButterflyLinear(nn.Module):
             setattr(self, suffix, nn.Parameter(tensor, requires_grad=False))
         self.bias = linear.bias
         self._prepared_for: torch.device | None = None
-        self._tables: tuple[torch.Tensor, ...] = ()
-        self._tiled: tuple[torch.Tensor | None, ...] = ()
+        self._weights: PreparedWeights | None = None
 
-    def _all_angles(self) -> torch.Tensor | None:
-        return angles_of(self.kind, self.angles, self.in_features, self.block_size, self.qweight.device)
-
-    def _prepare(self, device: torch.device) -> None:
-        if self.kind != "none":
-            self._tables = givens_tables(self._all_angles(), self.block_size)
-        if runs_kernels(device):
-            self._tiled = tile(self.qweight, self.scales, self.zeros, self.in_features)
-        self._prepared_for = device
+    def _stored(self) -> tuple:
+        """The layer in the checkpoint's layout: the arguments of `dense_weight` and `prepare_weights`."""
+        angles = angles_of(self.kind, self.angles, self.in_features, self.block_size, self.qweight.device)
+        return self.qweight, self.scales, self.zeros, angles, self.block_size, self.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = W′ Q x + bias; x [..., in_features] to [..., out_features], same dtype."""
         if self._prepared_for != x.device:
-            self._prepare(x.device)
-        if runs_kernels(x.device):
-            return ops.packed_linear(x, *self._tiled, self.bias, self.out_features, *self._tables)
-        if self._tables:
-            x = apply_rotation(x, *self._tables)
-        return packed_linear(x, self.qweight, self.scales, self.zeros, self.bias)
+            self._weights = prepare_weights(*self._stored(), tiled=runs_kernels(x.device))
+            self._prepared_for = x.device
+        return prepared_linear(x, self._weights, self.bias, self.out_features)
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """The same layer as an ordinary dense one, rotation folded in."""
+        """The same layer as an `nn.Linear` with a dense weight, the rotation folded in."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        weight = dense_weight(
-            self.qweight, self.scales, self.zeros, self._all_angles(), self.block_size, self.in_features
-        )
-        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        linear.weight = nn.Parameter(dense_weight(*self._stored()).to(dtype), requires_grad=False)
         linear.bias = self.bias
         return linear
 
@@ -89,12 +77,12 @@ class ButterflyHfConfig(QuantizationConfigMixin):
         self.parsed = QuantConfig.from_dict({"quant_method": QUANT_METHOD} | kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as it stands in config.json."""
+        """The table as config.json holds it."""
         return self.parsed.to_dict()
 
 
 class ButterflyHfQuantizer(HfQuantizer):
-    """Puts `ButterflyLinear` where the checkpoint has packed weights, after verifying the checkpoint."""
+    """Verifies a checkpoint, then puts a `ButterflyLinear` in place of every layer that it stores packed."""
 
     requires_calibration = True
 

@@ -1,4 +1,4 @@
-"""One `torch.library` operator each for the rotation and the packed linear; the device picks the implementation.
+"""The rotation and the packed linear as `torch.library` operators; the device selects the implementation.
 
 On CUDA and ROCm tensors the operators run the Triton kernels. On CPU tensors they run the torch reference, unless
 TRITON_INTERPRET=1 asks Triton to interpret its kernels on the CPU. Operators are opaque to torch.compile and safe

@@ -1,8 +1,8 @@
 """Load-time repacking: packed weights in the order in which the threads of a GPU read them.
 
-The checkpoint's rows are cut into tiles of 64 rows × 128 columns whose words lie side by side: a group of 128 threads
-reads one with 16-byte loads, and every thread finds in its own words the operands that it feeds to the matrix unit.
-Where N or K do not fill the last tile, codes are 0.
+The checkpoint's rows are cut into tiles of 64 outputs × 128 inputs whose words lie side by side: 128 threads read one
+tile with 16-byte loads, and every thread finds in its own words the operands that it feeds to the matrix unit. Where
+N or K do not fill the last tile, codes are 0.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .format import largest_code
 from .packing import pack, unpack
 from .reference import apply_rotation, layout_of, levels
 
-ROWS, COLUMNS = 64, 128  # of a tile
+TILE_N, TILE_K = 64, 128  # outputs and inputs of a tile
 FIELDS = {2: (2,), 3: (2, 1), 4: (4,)}  # widths of the fields in which a code is stored, low bits first
-WORDS = ROWS * COLUMNS // 32  # words of a tile, for every bit of a code
-TILES_AT_ONCE = 16  # rows of tiles that are repacked together: unpacked codes take 32 times the room
+WORDS_PER_BIT = TILE_N * TILE_K // 32  # words of a tile per bit of a code
+REPACKED_TILES = 16  # rows of tiles that are repacked together: unpacked codes take 32 times the memory
 
 
 def _thread_order(codes: torch.Tensor, width: int) -> torch.Tensor:
     """Fields of `width` bits, [N tiles, 64, K tiles, 128], in the order of their bit stream [N tiles, K tiles, 8192].
 
-    A thread (g, t) of a warp feeds rows g and g + 8 of the warp's 16 and, of every 8 columns, 2t and 2t + 1. Those two
-    go to the same bits of the two halves of a word, which masked in place then is two operands.
+    Thread (g, t) of a warp feeds rows g and g + 8 of the warp's 16 and, of every 8 columns, 2t and 2t + 1. Those two
+    columns go to the same bits of the two halves of a word, so that one AND isolates both operands.
     """
     n_tiles, _, k_tiles, _ = codes.shape
     blocks = max(width // 2, 1)  # 16 bytes of a thread are two rows × two words; wider fields come in several blocks
@@ -43,13 +44,13 @@ def tile_weight(qweight: torch.Tensor, bits: int) -> torch.Tensor:
         int32 [⌈N/64⌉, ⌈K/128⌉, 256·bits].
     """
     parts = []
-    for rows in qweight.split(ROWS * TILES_AT_ONCE):
+    for rows in qweight.split(TILE_N * REPACKED_TILES):
         codes = unpack(rows, bits)
-        codes = F.pad(codes, (0, -codes.shape[1] % COLUMNS, 0, -codes.shape[0] % ROWS))
-        codes = codes.reshape(codes.shape[0] // ROWS, ROWS, -1, COLUMNS)
+        codes = F.pad(codes, (0, -codes.shape[1] % TILE_K, 0, -codes.shape[0] % TILE_N))
+        codes = codes.reshape(codes.shape[0] // TILE_N, TILE_N, -1, TILE_K)
         streams, low = [], 0
         for width in FIELDS[bits]:
-            field = (codes >> low) & ((1 << width) - 1)
+            field = (codes >> low) & largest_code(width)
             streams.append(pack(_thread_order(field, width), width))
             low += width
         parts.append(torch.cat(streams, dim=-1))
@@ -58,22 +59,27 @@ def tile_weight(qweight: torch.Tensor, bits: int) -> torch.Tensor:
 
 def untile_codes(tiles: torch.Tensor, in_features: int, out_features: int) -> torch.Tensor:
     """Codes uint8 [N, K] of tiles from `tile_weight`."""
-    n_tiles, k_tiles, words = tiles.shape
-    widths = FIELDS[words // WORDS]
-    position = torch.arange(ROWS * COLUMNS, device=tiles.device).reshape(1, ROWS, 1, COLUMNS)
-    codes = torch.zeros(n_tiles, k_tiles, ROWS * COLUMNS, dtype=torch.uint8, device=tiles.device)
+    n_tiles, k_tiles, _ = tiles.shape
+    widths = FIELDS[tile_bits(tiles)]
+    position = torch.arange(TILE_N * TILE_K, device=tiles.device).reshape(1, TILE_N, 1, TILE_K)
+    codes = torch.zeros(n_tiles, k_tiles, TILE_N * TILE_K, dtype=torch.uint8, device=tiles.device)
     low = 0
-    for width, stream in zip(widths, tiles.split([WORDS * width for width in widths], dim=-1), strict=True):
+    for width, stream in zip(widths, tiles.split([WORDS_PER_BIT * width for width in widths], dim=-1), strict=True):
         place = _thread_order(position, width).flatten().argsort()
         codes |= unpack(stream, width)[..., place] << low
         low += width
-    codes = codes.unflatten(-1, (ROWS, COLUMNS)).transpose(1, 2).reshape(n_tiles * ROWS, k_tiles * COLUMNS)
+    codes = codes.unflatten(-1, (TILE_N, TILE_K)).transpose(1, 2).reshape(n_tiles * TILE_N, k_tiles * TILE_K)
     return codes[:out_features, :in_features]
 
 
+def tile_bits(tiles: torch.Tensor) -> int:
+    """Bits per code of tiles from `tile_weight`."""
+    return tiles.shape[-1] // WORDS_PER_BIT
+
+
 def tile_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Scales or zeros [N, K/group] as [K/group, 64·⌈N/64⌉]: rows of a tile read one run of memory."""
-    return F.pad(scales, (0, 0, 0, -scales.shape[0] % ROWS)).T.contiguous()
+    """Scales or zeros [N, K/group] as [K/group, 64·⌈N/64⌉]: the rows of a tile read contiguous memory."""
+    return F.pad(scales, (0, 0, 0, -scales.shape[0] % TILE_N)).T.contiguous()
 
 
 def tile(
@@ -107,21 +113,21 @@ def tiled_linear(
     cos_sin: torch.Tensor | None = None,
     mix: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = W′ (Q x) + bias with tiled weights, in plain torch: what the kernels are tested against.
+    """y = W′ (Q x) + bias with tiled weights, in plain torch: the kernels are tested against it.
 
     Args:
         x: [..., K], any float dtype.
         tiles, scales, zeros: from `tile`.
         bias: [N] or None.
         out_features: N.
-        cos_sin, mix: tables of Q from `reference.givens_tables`; None: x is rotated already.
+        cos_sin, mix: tables of Q from `reference.givens_tables`; None where x is already rotated.
 
     Returns:
-        [..., N] in the dtype of `x`; Q x is rounded to that dtype in between, all else is float32.
+        [..., N] in the dtype of `x`; Q x is rounded to that dtype in between, everything else is float32.
     """
     if cos_sin is not None:
         x = apply_rotation(x, cos_sin, mix)
     codes = untile_codes(tiles, x.shape[-1], out_features).unflatten(-1, (scales.shape[0], -1))
     scales, zeros = (None if t is None else t[:, :out_features].T for t in (scales, zeros))
-    weight = levels(codes, scales, zeros, tiles.shape[-1] // WORDS).flatten(-2)
+    weight = levels(codes, scales, zeros, tile_bits(tiles)).flatten(-2)
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)

@@ -1,17 +1,17 @@
-"""The packed linear for a batch: tiles of x and of packed weights meet on the matrix unit."""
+"""The packed linear for a batch: tiles of rotated x and of packed weights meet on the matrix unit."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .triton_codes import (
-    TILE_COLUMNS,
-    TILE_ROWS,
-    TILE_WORDS,
-    centre,
+from .triton_unpack import (
+    TILE_K,
+    TILE_N,
+    WORDS_PER_BIT,
     down_scale,
     load_words,
+    midrise,
     operands,
     split_words,
     unit_of,
@@ -20,106 +20,106 @@ from .triton_codes import (
 
 @triton.jit
 def _gemm_kernel(
-    x,
-    tiles,
-    scales,
-    zeros,  # None: mid-rise levels
-    bias,  # or None
-    out,
-    partial,
-    counters,
-    rows,
-    x_stride,
-    in_features,
-    out_features,
+    x_ptr,
+    tiles_ptr,
+    scales_ptr,
+    zeros_ptr,  # None: mid-rise levels
+    bias_ptr,  # or None
+    out_ptr,
+    partial_ptr,
+    counters_ptr,
+    M,
+    stride_xm,
+    K,
+    N,
     BITS: tl.constexpr,
-    UNIT: tl.constexpr,  # columns of one product: they share a scale
-    UNITS_A_GROUP: tl.constexpr,
+    UNIT: tl.constexpr,  # columns per tl.dot; they share a scale
+    UNITS_PER_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    TILES: tl.constexpr,  # of 64 outputs
-    SPLIT: tl.constexpr,  # programs that share the columns
+    TILES: tl.constexpr,  # tiles of 64 outputs per program
+    SPLIT_K: tl.constexpr,  # programs that share the columns
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    BLOCK_N: tl.constexpr = TILES * TILE_ROWS
-    UNITS: tl.constexpr = TILE_COLUMNS // UNIT
+    BLOCK_N: tl.constexpr = TILES * TILE_N
     PAIRS: tl.constexpr = UNIT // 8
-    dtype: tl.constexpr = x.dtype.element_ty
-    n_tiles = tl.cdiv(out_features, TILE_ROWS)
-    k_tiles = tl.cdiv(in_features, TILE_COLUMNS)
-    stride = n_tiles * TILE_ROWS
-    first = tl.program_id(0) * TILES
-    n = first * TILE_ROWS + tl.arange(0, BLOCK_N)
-    inside = n < out_features
-    row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    words_of_row = k_tiles.to(tl.int64) * (TILE_WORDS * BITS)
-    here = tiles + first * words_of_row
-    exists = first + tl.arange(0, TILES)[:, None] < n_tiles
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    pid_n, pid_m, pid_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n_tiles = tl.cdiv(N, TILE_N)
+    k_tiles = tl.cdiv(K, TILE_K)
+    stride_sg = n_tiles * TILE_N  # of scales and zeros, from group to group
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    stride_tn = k_tiles.to(tl.int64) * (WORDS_PER_BIT * BITS)  # of tiles, from row to row of them
+    tile_ptr = tiles_ptr + pid_n * TILES * stride_tn
+    mask_tiles = pid_n * TILES + tl.arange(0, TILES)[:, None] < n_tiles
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
     acc = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
-    each = tl.cdiv(k_tiles, SPLIT)
-    begin = tl.program_id(2) * each
-    for k_tile in tl.range(begin, tl.minimum(begin + each, k_tiles), num_stages=STAGES):
-        words = load_words(here + k_tile * (TILE_WORDS * BITS), exists, BITS, TILES, words_of_row)
-        split = split_words(words, TILES, BITS)
-        for part in tl.static_range(UNITS):
-            start = k_tile * TILE_COLUMNS + part * UNIT
-            column = start + tl.arange(0, UNIT)[None, :]
-            mask = (row < rows) & (column < in_features)
-            block = tl.load(x + row * x_stride + column, mask=mask, other=0.0)
+    tiles_per_program = tl.cdiv(k_tiles, SPLIT_K)
+    k_begin = pid_k * tiles_per_program
+    for k_tile in tl.range(k_begin, tl.minimum(k_begin + tiles_per_program, k_tiles), num_stages=STAGES):
+        words = load_words(tile_ptr + k_tile * (WORDS_PER_BIT * BITS), mask_tiles, BITS, TILES, stride_tn)
+        words = split_words(words, TILES, BITS)
+        for u in tl.static_range(TILE_K // UNIT):
+            start_k = k_tile * TILE_K + u * UNIT
+            offs_k = start_k + tl.arange(0, UNIT)[None, :]
+            x = tl.load(x_ptr + offs_m * stride_xm + offs_k, mask=(offs_m < M) & (offs_k < K), other=0.0)
             # the last tile may hold fewer columns than units
-            group = tl.minimum(start, in_features - 1) // (UNIT * UNITS_A_GROUP) * stride
-            scale = tl.load(scales + group + n, mask=inside, other=0.0).to(tl.float32)
-            levels = operands(split, part * PAIRS, PAIRS, BITS, dtype)
-            if zeros is not None:  # rounded to the dtype of x: sums of x beside the product would not fit the registers
-                zero = tl.load(zeros + group + n, mask=inside, other=0.0).to(tl.float32) - centre(BITS)
-                levels -= (zero / down_scale(dtype)).to(dtype)[:, None]
-            product = tl.dot(levels, tl.trans(block), input_precision="ieee")
-            acc += product * scale[:, None]
+            offs_g = tl.minimum(start_k, K - 1) // (UNIT * UNITS_PER_GROUP) * stride_sg
+            scale = tl.load(scales_ptr + offs_g + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            weight = operands(words, u * PAIRS, PAIRS, BITS, dtype)
+            if zeros_ptr is not None:
+                # rounded to the dtype of x: sums of x beside the product would not fit the registers
+                zero = tl.load(zeros_ptr + offs_g + offs_n, mask=mask_n, other=0.0).to(tl.float32) - midrise(BITS)
+                weight -= (zero / down_scale(dtype)).to(dtype)[:, None]
+            acc += tl.dot(weight, tl.trans(x), input_precision="ieee") * scale[:, None]
     acc *= down_scale(dtype)
-    if SPLIT > 1:
-        # The last program to finish adds up what all left, always in the same order; see triton_decode.py
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        left = partial + program.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M) + cell
-        tl.store(left + tl.program_id(2) * (BLOCK_N * BLOCK_M), acc)
+    if SPLIT_K > 1:
+        # The last program to finish adds up all partial sums, always in the same order; see triton_decode.py
+        pid = pid_m * tl.num_programs(0) + pid_n
+        offs_acc = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        partial_ptrs = partial_ptr + pid.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M) + offs_acc
+        tl.store(partial_ptrs + pid_k * (BLOCK_N * BLOCK_M), acc)
         tl.debug_barrier()
-        if tl.atomic_add(counters + program, 1, sem="acq_rel") < SPLIT - 1:
+        if tl.atomic_add(counters_ptr + pid, 1, sem="acq_rel") < SPLIT_K - 1:
             return
-        tl.store(counters + program, 0)  # ready for the next launch
+        tl.store(counters_ptr + pid, 0)  # ready for the next launch
         acc = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
-        for part in range(SPLIT):
-            # past the first-level cache, which does not see what other programs wrote
-            acc += tl.load(left + part * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-    if bias is not None:
-        acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
-    result = tl.trans(acc).to(out.dtype.element_ty)
-    tl.store(out + row * out_features + n[None, :], result, mask=(row < rows) & inside[None, :])
+        for k in range(SPLIT_K):
+            # .cg: past the first-level cache, which does not see what other programs wrote
+            acc += tl.load(partial_ptrs + k * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    out_ptrs = out_ptr + offs_m * N + offs_n[None, :]
+    tl.store(out_ptrs, tl.trans(acc).to(out_ptr.dtype.element_ty), mask=(offs_m < M) & mask_n[None, :])
 
 
-def launch_config(bits: int, group: int, block_m: int, tiles: int, split: int, stages: int, warps: int) -> dict:
+def launch_config(
+    bits: int, group_size: int, block_m: int, tiles: int, split_k: int, stages: int, warps: int
+) -> dict[str, int]:
     """Compile-time arguments and compiler options of the GEMM kernel.
 
     Args:
         bits: bits per code.
-        group: columns that share a scale, a multiple of 32.
-        block_m: rows of x in a program, a power of two from 16.
-        tiles: tiles of 64 outputs in a program, 1 or 2.
-        split: programs that share the columns of a tile.
+        group_size: columns that share a scale, a multiple of 32.
+        block_m: rows of x per program, a power of two from 16.
+        tiles: tiles of 64 outputs per program, 1 or 2.
+        split_k: programs that share the columns of a tile.
         stages: loads in flight.
         warps: 4 or 8.
     """
-    unit = unit_of(group)
+    unit = unit_of(group_size)
     return {
         "BITS": bits,
         "UNIT": unit,
-        "UNITS_A_GROUP": group // unit,
+        "UNITS_PER_GROUP": group_size // unit,
         "BLOCK_M": block_m,
         "TILES": tiles,
-        "SPLIT": split,
+        "SPLIT_K": split_k,
         "STAGES": stages,
         "num_warps": warps,
         "num_stages": stages,

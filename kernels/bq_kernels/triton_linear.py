@@ -1,7 +1,20 @@
 """The packed linear on a GPU: which kernel takes how many rows, and how it is launched.
 
-`launch.json` holds the choice by the name of a GPU, where benchmarks/kernels.py has measured it, else by architecture,
-else `default`.
+launch.json holds the best launch per number of rows, by device capability, or by the name of a GPU for which
+`benchmarks/kernels.py tune` has filled it in. The lines of `sm90` are the best of a sweep on an H100 80GB HBM3 over the
+layers of LLaMA-2-7B and 8192², 2 bits, groups of 128, the rotation in blocks of 128 included. Times are for 8192²:
+
+- One row: the decode kernel rotates x itself in 12.2 µs; with a kernel of its own for the rotation it takes 12.7. Two
+  rows: 17.7 and 13.9, for every program repeats the rotation. So it is fused for one row only.
+- A slice of 1,024 columns, two programs per multiprocessor, fills the registers and halves the partial sums. It is the
+  best at 8192² and 4096 × 11008; 512 columns are better by 0.6 µs of 9.2 for 12288 × 4096, by 0.7 of 5.6 for 4096².
+- Sixteen rows: the GEMM kernel takes 16.1 µs, the decode kernel 22.7. With 8 rows that takes 17.8, so GEMM starts at 5.
+- At 256 rows the GEMM kernel takes 63 µs (cuBLAS on 16-bit weights: 55), at 1,024 `dense` takes 232 (178).
+
+Other capabilities get the lines of the nearest entry. Where the matrix instruction keeps its operands in registers
+(`mma.sync`: sm80 to sm89, sm120), slices of 1,024 columns and blocks of 128 rows spill; where a program has 64 KiB of
+shared memory (AMD), blocks of 128 rows exceed it and blocks of 32 × 128 leave no room for a second program. Those lines
+are replaced by ones that fit; no GPU has run them, and their entries say so.
 """
 
 from __future__ import annotations
@@ -18,11 +31,13 @@ import triton
 from . import triton_decode, triton_gemm
 from .format import GROUP_MULTIPLE
 from .gpu import Gpu, gpu_of
-from .tiles import ROWS, WORDS
+from .tiles import TILE_N, tile_bits
 from .triton_dequantize import dequantize
 from .triton_rotate import apply_rotation
 
-STREAMS, COUNTERS = 16, 1 << 15  # programs that one launch may let wait for each other
+LAUNCH_TABLE = Path(__file__).with_name("launch.json")
+NOT_MEASURED = ", not measured"  # ends the name of an entry whose lines no GPU has run
+STREAMS, COUNTERS = 16, 1 << 15  # streams with counters of their own; programs of one launch that share sums
 
 
 @dataclass(frozen=True)
@@ -30,15 +45,15 @@ class Launch:
     """One line of launch.json.
 
     Attributes:
-        rows: most rows of x that it is for; None for any number.
+        max_rows: largest number of rows of x that it is for; None for any number.
         kernel: `decode`, `gemm`, or `dense` (dequantize, then the vendor's product).
-        programs: programs that are to share a multiprocessor; K is split until there are as many.
+        programs: programs per multiprocessor; K is split until there are as many.
         slice: decode: columns that a program keeps, where its registers hold them.
         fuse: decode: whether the program rotates them itself.
         block_m, tiles, stages, warps: gemm: see triton_gemm.launch_config.
     """
 
-    rows: int | None
+    max_rows: int | None
     kernel: str
     programs: int = 1
     slice: int = 512
@@ -49,23 +64,30 @@ class Launch:
     warps: int = 4
 
 
+def nearest_capability(architecture: str) -> str:
+    """The capability whose lines suit a GPU without lines of its own, by its matrix instruction and memory."""
+    if architecture.startswith("gfx"):
+        return "gfx942"
+    return "sm80" if architecture.startswith(("sm8", "sm12")) else "sm90"
+
+
 @functools.cache
 def launches(name: str, architecture: str) -> tuple[Launch, ...]:
-    """Lines for a GPU, fewest rows first."""
-    table = json.loads(Path(__file__).with_name("launch.json").read_text())
-    lines = table.get(name) or table.get(architecture) or table["default"]
+    """Lines for a GPU, fewest rows first: by its name, else its capability, else the nearest capability."""
+    table = {key.removesuffix(NOT_MEASURED): lines for key, lines in json.loads(LAUNCH_TABLE.read_text()).items()}
+    lines = table.get(name) or table.get(architecture) or table[nearest_capability(architecture)]
     return tuple(Launch(**line) for line in lines)
 
 
 def choose(gpu: Gpu, rows: int) -> Launch:
     """The line for a number of rows."""
     lines = launches(gpu.name, gpu.architecture)
-    return next(launch for launch in lines if launch.rows is None or rows <= launch.rows)
+    return next(line for line in lines if line.max_rows is None or rows <= line.max_rows)
 
 
 @functools.cache
 def _all_counters(device: torch.device) -> torch.Tensor:
-    # all at once, for within the capture of a CUDA graph is no time to allocate what outlives it
+    # for all streams at once: memory that outlives a CUDA graph cannot be allocated during its capture
     return torch.zeros(STREAMS, COUNTERS, dtype=torch.int32, device=device)
 
 
@@ -84,13 +106,16 @@ def _counters(device: torch.device) -> torch.Tensor:
 def decode_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, launch: Launch, gpu: Gpu):
     """Launch the decode kernel on x [rows, K], rows ≤ 16; rotates by `cos_sin` unless that is None."""
     rows, in_features = x.shape
-    block = 1 if cos_sin is None else 1 << cos_sin.shape[2]
-    group = in_features // scales.shape[0]
-    columns = triton_decode.columns_kept(launch.slice, group, zeros is not None)
-    config = triton_decode.launch_config(rows, tiles.shape[2] // WORDS, group, in_features, block, columns)
-    ranges = max(min(launch.programs * gpu.multiprocessors // config["SLICES"], tiles.shape[0]), 1)
-    each = triton.cdiv(tiles.shape[0], ranges)
-    ranges = triton.cdiv(tiles.shape[0], each)
+    n_tiles, bits, group_size = tiles.shape[0], tile_bits(tiles), in_features // scales.shape[0]
+    rotation_block = 1 if cos_sin is None else 1 << cos_sin.shape[2]
+    columns = triton_decode.kept_columns(launch.slice, bits, group_size, zeros is not None)
+    config = triton_decode.launch_config(rows, bits, group_size, in_features, rotation_block, columns)
+    # Where registers hold only a part of the slice there are more programs, with as many tiles each: on the H100 the
+    # best number is 2 for 1,024 columns, 4 for 512 and 8 for 256 (8192², one row)
+    wanted_slices = triton.cdiv(in_features, launch.slice)
+    ranges = max(min(launch.programs * gpu.multiprocessors // wanted_slices, n_tiles), 1)
+    tiles_per_program = triton.cdiv(n_tiles, ranges)
+    ranges = triton.cdiv(n_tiles, tiles_per_program)
     out = x.new_empty(rows, out_features)
     partial = x.new_empty(config["SLICES"] * rows * scales.shape[1], dtype=torch.float32)
     triton_decode._decode_kernel[config["SLICES"], ranges](
@@ -107,9 +132,9 @@ def decode_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, launch: 
         x.stride(0),
         in_features,
         out_features,
-        each,
+        tiles_per_program,
         **config,
-        PDL=gpu.early_launch,
+        PDL=gpu.pdl,
         **gpu.options,
     )
     return out
@@ -118,35 +143,35 @@ def decode_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, launch: 
 def gemm_linear(x, tiles, scales, zeros, bias, out_features, launch: Launch, gpu: Gpu):
     """Launch the GEMM kernel on rotated x [rows, K]."""
     rows, in_features = x.shape
-    blocks = triton.cdiv(tiles.shape[0], launch.tiles), triton.cdiv(rows, launch.block_m)
-    # at least four tiles a program, or the split costs more than it brings
-    split = max(min(launch.programs * gpu.multiprocessors // (blocks[0] * blocks[1]), tiles.shape[1] // 4), 1)
+    grid = triton.cdiv(tiles.shape[0], launch.tiles), triton.cdiv(rows, launch.block_m)
+    # at least four tiles per program, or the split costs more than it gains
+    split_k = max(min(launch.programs * gpu.multiprocessors // (grid[0] * grid[1]), tiles.shape[1] // 4), 1)
     config = triton_gemm.launch_config(
-        tiles.shape[2] // WORDS,
+        tile_bits(tiles),
         in_features // scales.shape[0],
         launch.block_m,
         launch.tiles,
-        split,
+        split_k,
         launch.stages,
         launch.warps,
     )
     out = x.new_empty(rows, out_features)
-    cells = blocks[0] * blocks[1] * split * launch.tiles * ROWS * launch.block_m if split > 1 else 0
-    triton_gemm._gemm_kernel[(*blocks, split)](
+    sums = grid[0] * grid[1] * split_k * launch.tiles * TILE_N * launch.block_m if split_k > 1 else 0
+    triton_gemm._gemm_kernel[(*grid, split_k)](
         x,
         tiles,
         scales,
         zeros,
         bias,
         out,
-        x.new_empty(cells, dtype=torch.float32),
+        x.new_empty(sums, dtype=torch.float32),
         _counters(x.device),
         rows,
         x.stride(0),
         in_features,
         out_features,
         **config,
-        PDL=gpu.early_launch,
+        PDL=gpu.pdl,
         **gpu.options,
     )
     return out
@@ -166,7 +191,7 @@ def packed_linear(
     """y = W′ (Q x) + bias; arguments and result as `tiles.tiled_linear`.
 
     Args:
-        launch: how to compute it; by default what launch.json says for this GPU and this many rows.
+        launch: how to compute it; by default the line of launch.json for this GPU and this many rows.
 
     Raises:
         ValueError: if groups are not a multiple of 32 columns.
@@ -181,17 +206,17 @@ def packed_linear(
         return x.new_empty(shape)
     if x.stride(-1) != 1:
         x = x.contiguous()
-    group = in_features // scales.shape[0]
-    if group % GROUP_MULTIPLE:
-        raise ValueError(f"the kernels need groups of a multiple of {GROUP_MULTIPLE} columns, not {group}")
+    group_size = in_features // scales.shape[0]
+    if group_size % GROUP_MULTIPLE:
+        raise ValueError(f"the kernels need groups of a multiple of {GROUP_MULTIPLE} columns, not {group_size}")
     gpu = gpu_of(x)
     launch = launch or choose(gpu, x.shape[0])
-    if x.dtype == torch.float32 and x.is_cuda:  # not what the matrix units take
+    if x.dtype == torch.float32 and x.is_cuda:  # the matrix units do not take it
         launch = Launch(None, "dense")
     fused = False
     if launch.kernel == "decode" and launch.fuse and cos_sin is not None:
-        columns = triton_decode.columns_kept(launch.slice, group, zeros is not None)
-        # blocks that are a power of two and that a program keeps whole
+        columns = triton_decode.kept_columns(launch.slice, tile_bits(tiles), group_size, zeros is not None)
+        # rotation blocks that are a power of two and that a program keeps whole
         fused = mix.shape[-1] == 1 and 1 < 1 << cos_sin.shape[2] <= columns
     if cos_sin is not None and not fused:
         x = apply_rotation(x, cos_sin, mix)

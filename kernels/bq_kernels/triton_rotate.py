@@ -1,4 +1,8 @@
-"""The butterfly rotation as one Triton kernel: a block of a few rows, or a part of it, stays on chip."""
+"""The butterfly rotation as one Triton kernel: a block of a few rows of x, or a part of one, stays on chip.
+
+Measured on an H100 with 8,192 features, in blocks of 128: 1.0 µs for one row and 54 µs for 4,096 rows, where copying
+them takes 46.5. Over the full width of 8,192 it is 2.8 µs and 135 µs.
+"""
 
 from __future__ import annotations
 
@@ -9,124 +13,140 @@ import triton.language as tl
 from .format import split_block
 from .gpu import gpu_of
 
-TILE = 2048  # elements that several rows of a small block fill together in one program
-THREAD_ELEMENTS = 16  # elements of its tile that a thread holds
+TILE_ELEMENTS = 2048  # that several rows of a small block fill together in one program
+THREAD_ELEMENTS = 16  # of its tile that a thread holds
 MAX_WARPS = 16  # 1,024 threads where a warp has 64 lanes
 # A single program takes microseconds to read the tables of a wide block: a few rows go in two passes, by many programs
-# each, and the first takes at most that many layers
+# each, and the first pass takes at most that many layers
 FEW_ROWS, WIDE_BLOCK, PASS_LAYERS = 8, 2048, 9
-PASS_COLUMNS = 32  # of a program of the second pass
+PASS_COLUMNS = 32  # columns per program of the second pass
 
 
 @triton.jit
 def butterfly(
     y,
-    table,
-    pairs,
+    table_ptr,
+    num_pairs,
     LAYERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    FIRST_LAYER: tl.constexpr,
+    NUM_LAYERS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Butterfly layers FIRST … FIRST + COUNT − 1 of one block, or of several side by side.
+    """Givens rotations of butterfly layers FIRST_LAYER … FIRST_LAYER + NUM_LAYERS − 1, of one block or several.
 
     Args:
-        y: float32 [rows, runs · COLUMNS], the second a power of two: COLUMNS of the 2^FIRST features of every run that
-            the layers before FIRST mix.
-        table: points at the table [blocks, 2, LAYERS, BLOCK/2] of the first block, at the first of the columns.
-        pairs: pairs of y that have an entry there; others stay as they are.
-        LAYERS, BLOCK: k and b of the rotation.
+        y: float32 [rows, runs · COLUMNS], the second a power of two. A run is 2^FIRST_LAYER features, which the earlier
+            layers mix among each other; y holds COLUMNS features of every run.
+        table_ptr: points at the table [blocks, 2, LAYERS, BLOCK_SIZE/2] of the first block, at the first column.
+        num_pairs: pairs of y that have an entry there; others stay as they are.
+        LAYERS, BLOCK_SIZE: k and b of the rotation.
     """
     ROWS: tl.constexpr = y.shape[0]
     WIDTH: tl.constexpr = y.shape[1]
     HALF: tl.constexpr = WIDTH // 2
-    PAIRS: tl.constexpr = BLOCK // 2
-    pair = tl.arange(0, HALF)
-    place = pair // COLUMNS * (1 << FIRST) + pair % COLUMNS
-    entry = table + place // PAIRS * (2 * LAYERS * PAIRS) + place % PAIRS + FIRST * PAIRS
-    for j in tl.static_range(COUNT):
-        cos = tl.load(entry + j * PAIRS, mask=pair < pairs, other=1.0)
-        sin = tl.load(entry + (LAYERS + j) * PAIRS, mask=pair < pairs, other=0.0)
+    BLOCK_PAIRS: tl.constexpr = BLOCK_SIZE // 2
+    offs_pair = tl.arange(0, HALF)
+    mask = offs_pair < num_pairs
+    position = offs_pair // COLUMNS * (1 << FIRST_LAYER) + offs_pair % COLUMNS
+    block_ptrs = table_ptr + position // BLOCK_PAIRS * (2 * LAYERS * BLOCK_PAIRS)
+    cos_ptrs = block_ptrs + position % BLOCK_PAIRS + FIRST_LAYER * BLOCK_PAIRS
+    for j in tl.static_range(NUM_LAYERS):
+        cos = tl.load(cos_ptrs + j * BLOCK_PAIRS, mask=mask, other=1.0)
+        sin = tl.load(cos_ptrs + (LAYERS + j) * BLOCK_PAIRS, mask=mask, other=0.0)
         cos = tl.reshape(cos, [1, HALF // (COLUMNS << j), COLUMNS << j])
         sin = tl.reshape(sin, [1, HALF // (COLUMNS << j), COLUMNS << j])
         # one bit of the position tells the members of a pair apart: make it the last axis and split
         low, high = tl.split(tl.permute(tl.reshape(y, [ROWS, HALF // (COLUMNS << j), 2, COLUMNS << j]), [0, 1, 3, 2]))
-        turned = tl.join(cos * low - sin * high, sin * low + cos * high)
-        y = tl.reshape(tl.permute(turned, [0, 1, 3, 2]), [ROWS, WIDTH])
+        rotated = tl.join(cos * low - sin * high, sin * low + cos * high)
+        y = tl.reshape(tl.permute(rotated, [0, 1, 3, 2]), [ROWS, WIDTH])
     return y
 
 
 @triton.jit
+def _mix_runs(y, mix_ptr, RUNS: tl.constexpr, RUN_WIDTH: tl.constexpr):
+    """y [rows, runs · RUN_WIDTH] with its runs, the first RUNS of them, multiplied by the matrix [RUNS, RUNS]."""
+    # Rank-one updates: in a float32 tl.dot threads hold whole rows of the operands, and 13824 = 2⁹·27 spills
+    ROWS: tl.constexpr = y.shape[0]
+    WIDTH: tl.constexpr = y.shape[1]
+    PADDED_RUNS: tl.constexpr = WIDTH // RUN_WIDTH
+    y = tl.reshape(y, [ROWS, PADDED_RUNS, RUN_WIDTH])
+    offs_run = tl.arange(0, PADDED_RUNS)[None, :, None]
+    mix_ptrs = mix_ptr + offs_run * RUNS
+    mixed = tl.full([ROWS, PADDED_RUNS, RUN_WIDTH], 0.0, tl.float32)
+    for source in range(RUNS):
+        values = tl.sum(tl.where(offs_run == source, y, 0.0), axis=1)[:, None, :]
+        mixed += tl.load(mix_ptrs + source, mask=offs_run < RUNS, other=0.0) * values
+    return tl.reshape(mixed, [ROWS, WIDTH])
+
+
+@triton.jit
 def _rotate_kernel(
-    x,
-    cos_sin,
-    mix,
-    out,
-    rows,
-    x_stride,
+    x_ptr,
+    cos_sin_ptr,
+    mix_ptr,
+    out_ptr,
+    M,
+    stride_xm,
     blocks,
     LAYERS: tl.constexpr,  # k
     RUNS: tl.constexpr,  # m
-    FIRST: tl.constexpr,  # of the layers that are applied
-    COUNT: tl.constexpr,  # of them; after the last layer come the rotations across runs
-    HEIGHT: tl.constexpr,  # runs of 2^FIRST features that a program holds
-    PADDED: tl.constexpr,  # the next power of two: tiles have no other sizes
-    COLUMNS: tl.constexpr,  # features of every such run that it holds
-    ROWS: tl.constexpr,  # rows of x in a program
-    PDL: tl.constexpr,  # the next kernel may start early, and this one must not read before the last has ended
+    FIRST_LAYER: tl.constexpr,
+    NUM_LAYERS: tl.constexpr,  # applied from there; after the last one come the rotations across runs
+    HEIGHT: tl.constexpr,  # runs of 2^FIRST_LAYER features per program
+    PADDED_HEIGHT: tl.constexpr,  # the next power of two: tiles have no other sizes
+    COLUMNS: tl.constexpr,  # features per run and program
+    BLOCK_M: tl.constexpr,  # rows of x per program
+    PDL: tl.constexpr,  # the next kernel may start early, and this one must not read before the previous one has ended
 ):
-    BLOCK: tl.constexpr = RUNS << LAYERS
-    RUN: tl.constexpr = 1 << FIRST
-    PARTS: tl.constexpr = BLOCK // (HEIGHT * COLUMNS)  # programs that share a block
-    part = tl.program_id(0) % PARTS
-    block = (tl.program_id(0) // PARTS % blocks).to(tl.int64)  # 64 bits: rows × features may pass 2³¹
-    row = (tl.program_id(0) // PARTS // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    position = tl.arange(0, PADDED * COLUMNS)[None, :]
+    BLOCK_SIZE: tl.constexpr = RUNS << LAYERS
+    RUN: tl.constexpr = 1 << FIRST_LAYER
+    PARTS: tl.constexpr = BLOCK_SIZE // (HEIGHT * COLUMNS)  # programs that share a block
+    WIDTH: tl.constexpr = PADDED_HEIGHT * COLUMNS
+    pid = tl.program_id(0)
+    pid_part = pid % PARTS
+    pid_block = (pid // PARTS % blocks).to(tl.int64)  # 64 bits: rows × features may pass 2³¹
+    pid_m = (pid // PARTS // blocks).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    position = tl.arange(0, WIDTH)[None, :]
     # in the first pass parts are stretches of the block, in the second columns of all its runs
-    begin = part * COLUMNS if FIRST > 0 else part * HEIGHT
-    feature = block * BLOCK + begin + position // COLUMNS * RUN + position % COLUMNS
-    mask = (position < HEIGHT * COLUMNS) & (row < rows)
+    part_start = pid_part * COLUMNS if FIRST_LAYER > 0 else pid_part * HEIGHT
+    offs_k = pid_block * BLOCK_SIZE + part_start + position // COLUMNS * RUN + position % COLUMNS
+    mask = (position < HEIGHT * COLUMNS) & (offs_m < M)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    y = tl.load(x + row * x_stride + feature, mask=mask, other=0.0).to(tl.float32)
-    if COUNT > 0:
-        table = cos_sin + block * (LAYERS * BLOCK) + (begin if FIRST > 0 else begin // 2)
-        y = butterfly(y, table, HEIGHT * COLUMNS // 2, LAYERS, BLOCK, FIRST, COUNT, COLUMNS)
-    if RUNS > 1 and FIRST + COUNT == LAYERS:
-        # Rank-one updates: in a float32 tl.dot threads hold whole rows of the operands, and 13824 = 2⁹·27 spills
-        EACH: tl.constexpr = HEIGHT // RUNS * COLUMNS
-        y = tl.reshape(y, [ROWS, PADDED * COLUMNS // EACH, EACH])
-        run = tl.arange(0, PADDED * COLUMNS // EACH)[None, :, None]
-        weights = mix + block * (RUNS * RUNS) + run * RUNS
-        mixed = tl.full([ROWS, PADDED * COLUMNS // EACH, EACH], 0.0, tl.float32)
-        for source in range(RUNS):
-            values = tl.sum(tl.where(run == source, y, 0.0), axis=1)[:, None, :]
-            mixed += tl.load(weights + source, mask=run < RUNS, other=0.0) * values
-        y = tl.reshape(mixed, [ROWS, PADDED * COLUMNS])
-    tl.store(out + row * (blocks * BLOCK) + feature, y.to(out.dtype.element_ty), mask=mask)
+    y = tl.load(x_ptr + offs_m * stride_xm + offs_k, mask=mask, other=0.0).to(tl.float32)
+    if NUM_LAYERS > 0:
+        table_ptr = cos_sin_ptr + pid_block * (LAYERS * BLOCK_SIZE)
+        table_ptr += part_start if FIRST_LAYER > 0 else part_start // 2
+        y = butterfly(y, table_ptr, HEIGHT * COLUMNS // 2, LAYERS, BLOCK_SIZE, FIRST_LAYER, NUM_LAYERS, COLUMNS)
+    if RUNS > 1 and FIRST_LAYER + NUM_LAYERS == LAYERS:
+        y = _mix_runs(y, mix_ptr + pid_block * (RUNS * RUNS), RUNS, HEIGHT // RUNS * COLUMNS)
+    tl.store(out_ptr + offs_m * (blocks * BLOCK_SIZE) + offs_k, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _pass(rows: int, layers: int, runs: int, first: int, count: int, height: int, columns: int) -> dict[str, int]:
-    padded = triton.next_power_of_2(height)
-    width = padded * columns
-    tile_rows = max(min(triton.next_power_of_2(rows), TILE // width), 1)
+def _pass_config(
+    rows: int, layers: int, runs: int, first_layer: int, num_layers: int, height: int, columns: int
+) -> dict[str, int]:
+    padded_height = triton.next_power_of_2(height)
+    width = padded_height * columns
+    block_m = max(min(triton.next_power_of_2(rows), TILE_ELEMENTS // width), 1)
     return {
         "LAYERS": layers,
         "RUNS": runs,
-        "FIRST": first,
-        "COUNT": count,
+        "FIRST_LAYER": first_layer,
+        "NUM_LAYERS": num_layers,
         "HEIGHT": height,
-        "PADDED": padded,
+        "PADDED_HEIGHT": padded_height,
         "COLUMNS": columns,
-        "ROWS": tile_rows,
-        "num_warps": min(max(width * tile_rows // (32 * THREAD_ELEMENTS), 1), MAX_WARPS),
+        "BLOCK_M": block_m,
+        "num_warps": min(max(width * block_m // (32 * THREAD_ELEMENTS), 1), MAX_WARPS),
     }
 
 
 def launch_configs(rows: int, block_size: int) -> list[dict[str, int]]:
-    """Compile-time arguments and compiler options of the rotation kernel, for every launch of it.
+    """Compile-time arguments and compiler options of the rotation kernel, one per launch.
 
     Args:
         rows: rows of x, at least one.
@@ -134,11 +154,11 @@ def launch_configs(rows: int, block_size: int) -> list[dict[str, int]]:
     """
     layers, runs = split_block(block_size)
     if rows > FEW_ROWS or block_size < WIDE_BLOCK or layers <= PASS_COLUMNS.bit_length():
-        return [_pass(rows, layers, runs, 0, layers, block_size, 1)]
-    first = min(layers - 1, PASS_LAYERS)
+        return [_pass_config(rows, layers, runs, 0, layers, block_size, 1)]
+    split = min(layers - 1, PASS_LAYERS)
     return [
-        _pass(rows, layers, runs, 0, first, 1 << first, 1),
-        _pass(rows, layers, runs, first, layers - first, block_size >> first, PASS_COLUMNS),
+        _pass_config(rows, layers, runs, 0, split, 1 << split, 1),
+        _pass_config(rows, layers, runs, split, layers - split, block_size >> split, PASS_COLUMNS),
     ]
 
 
@@ -158,26 +178,26 @@ def apply_rotation(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) ->
         return out
     blocks, _, layers, _ = cos_sin.shape
     block_size = mix.shape[-1] << layers
-    flat = x.reshape(-1, blocks * block_size)
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
-    rows = flat.shape[0]
+    source = x.reshape(-1, blocks * block_size)
+    if source.stride(-1) != 1:
+        source = source.contiguous()
+    rows = source.shape[0]
     gpu, configs = gpu_of(x), launch_configs(rows, block_size)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         for i, config in enumerate(configs):
-            target = out if i == len(configs) - 1 else torch.empty_like(flat, dtype=torch.float32)
+            target = out if i == len(configs) - 1 else torch.empty_like(source, dtype=torch.float32)
             parts = block_size // (config["HEIGHT"] * config["COLUMNS"])
-            _rotate_kernel[(triton.cdiv(rows, config["ROWS"]) * blocks * parts,)](
-                flat,
+            _rotate_kernel[(triton.cdiv(rows, config["BLOCK_M"]) * blocks * parts,)](
+                source,
                 cos_sin.contiguous(),
                 mix.contiguous(),
                 target,
                 rows,
-                flat.stride(0),
+                source.stride(0),
                 blocks,
                 **config,
-                PDL=gpu.early_launch,
+                PDL=gpu.pdl,
                 **gpu.options,
             )
-            flat = target
+            source = target
     return out

@@ -1,4 +1,4 @@
-"""Everything that launch.json ships compiles, stays in registers and shared memory, and is not longer than it may be.
+"""Every shipped launch compiles, stays in registers and shared memory, and keeps its loop short enough.
 
 `pytest -s` prints the report.
 """
@@ -79,18 +79,25 @@ def shipped():
         slow = target != "sm90" or kind != KINDS[0]
         for line in triton_linear.launches("", target):
             if line.kernel != "dense":
-                name = f"{line.kernel}{line.rows}-{target}-{kind[0]}bit-g{kind[1]}-{'float' if kind[2] else 'midrise'}"
+                zero = "float" if kind[2] else "midrise"
+                name = f"{line.kernel}{line.max_rows}-{target}-{kind[0]}bit-g{kind[1]}-{zero}"
                 yield pytest.param(line, *kind, target, marks=[pytest.mark.slow] * slow, id=name)
 
 
 @pytest.mark.parametrize(("line", "bits", "group", "float_zero", "dtype", "target"), shipped())
 def test_linear(line, bits, group, float_zero, dtype, target, monkeypatch, tmp_path):
     module = {"decode": triton_decode, "gemm": triton_gemm}[line.kernel]
-    rows = line.rows if line.rows > 4 else 1
     tables = (None, None)
     if line.fuse:
         tables = meta(FEATURES // group, 2, 6, 32, dtype=torch.float32), meta(FEATURES // group, 1, 1)
-    arguments = meta(rows, FEATURES, dtype=dtype), *layer(bits, group, float_zero), None, FEATURES, *tables, line
+    arguments = (
+        meta(line.max_rows, FEATURES, dtype=dtype),
+        *layer(bits, group, float_zero),
+        None,
+        FEATURES,
+        *tables,
+        line,
+    )
     kernel = f"_{line.kernel}_kernel"
     [launch] = record(monkeypatch, target, module, kernel, triton_linear, "packed_linear", *arguments)
     report = inspect(*launch, target, tmp_path)
@@ -101,13 +108,13 @@ def test_linear(line, bits, group, float_zero, dtype, target, monkeypatch, tmp_p
     if line.kernel == "decode":
         # a thread reads its words straight from memory, 16 bytes at a time (the third bits of a code 8 at a time),
         # and the codes never pass through shared memory
-        words = triton_decode.columns_kept(line.slice, group, float_zero) // 128 * 2 * bits
+        words = triton_decode.kept_columns(line.slice, bits, group, float_zero) // 128 * 2 * bits
         wide = words if bits != 3 else words * 2 // 3
         assert report.count("LDG.E.128") == wide // 4
         assert report.count("LDS", "LDSM") <= 8
         instructions = report.loop.total() / words
         allowed = ROOFLINE * (bits + (32 if float_zero else 16) / group) / bits
-        print(f"{instructions:.1f} instructions a packed word, {allowed:.1f} hide behind its way from memory")
+        print(f"{instructions:.1f} instructions per packed word, {allowed:.1f} are hidden by its load from memory")
         assert instructions <= allowed * SLACK
     else:
         assert report.count("LDGSTS.E.BYPASS.128", "LDGSTS.E.128", "LDG.E.128") > 0

@@ -2,7 +2,7 @@ import pytest
 import torch
 from bq_kernels import reference
 from bq_kernels.packing import pack
-from bq_kernels.tiles import COLUMNS, ROWS, tile, tile_weight, tiled_linear, untile_codes
+from bq_kernels.tiles import TILE_K, TILE_N, tile, tile_weight, tiled_linear, untile_codes
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -10,14 +10,14 @@ from bq_kernels.tiles import COLUMNS, ROWS, tile, tile_weight, tiled_linear, unt
 def test_there_and_back(shape, bits):
     codes = torch.randint(2**bits, shape, dtype=torch.uint8)
     tiles = tile_weight(pack(codes, bits), bits)
-    assert tiles.shape == (-(-shape[0] // ROWS), -(-shape[1] // COLUMNS), 256 * bits)
+    assert tiles.shape == (-(-shape[0] // TILE_N), -(-shape[1] // TILE_K), 256 * bits)
     assert torch.equal(untile_codes(tiles, shape[1], shape[0]), codes)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_words_hold_what_a_thread_multiplies(bits):
     """Word by word, from the description of mma operands: row (warp, half, g), columns 8·pair + 2t and 2t + 1."""
-    codes = torch.randint(2**bits, (ROWS, COLUMNS))
+    codes = torch.randint(2**bits, (TILE_N, TILE_K))
     words = tile_weight(pack(codes, bits), bits).flatten().tolist()
     pairs = 16 // bits
     for thread in range(128):

@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -298,19 +297,49 @@ def test_rotation_launches():
         block = odd << exponent
         if block <= 16384:
             configs = triton_rotate.launch_configs(rows, block)
-            assert sum(config["COUNT"] for config in configs) == exponent
+            assert sum(config["NUM_LAYERS"] for config in configs) == exponent
             for config in configs:
                 assert block % (config["HEIGHT"] * config["COLUMNS"]) == 0
-                assert config["PADDED"] * config["COLUMNS"] * config["ROWS"] <= 32768
+                assert config["PADDED_HEIGHT"] * config["COLUMNS"] * config["BLOCK_M"] <= 32768
                 assert config["num_warps"] in (1, 2, 4, 8, 16)
 
 
 def test_launch_table():
-    """Every GPU has a line for any number of rows, and no line of decode is for more rows than it can take."""
-    table = json.loads(Path(triton_linear.__file__).with_name("launch.json").read_text())
-    for gpu in table:
-        lines = triton_linear.launches(gpu, "")
-        limits = [math.inf if line.rows is None else line.rows for line in lines]
+    """Every entry has a line for any number of rows, and no line of decode is for more rows than it can take."""
+    for entry in json.loads(triton_linear.LAUNCH_TABLE.read_text()):
+        lines = triton_linear.launches(entry.removesuffix(triton_linear.NOT_MEASURED), "")
+        limits = [math.inf if line.max_rows is None else line.max_rows for line in lines]
         assert limits == sorted(set(limits)) and limits[-1] == math.inf
-        assert all(line.rows <= 16 for line in lines if line.kernel == "decode")
+        assert all(line.max_rows <= 16 for line in lines if line.kernel == "decode")
         assert {line.kernel for line in lines} <= {"decode", "gemm", "dense"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "entry"),
+    [
+        ("sm80", "sm80"),
+        ("sm86", "sm80"),
+        ("sm89", "sm80"),
+        ("sm90", "sm90"),
+        ("sm100", "sm90"),
+        ("sm103", "sm90"),
+        ("sm120", "sm80"),
+        ("gfx90a", "gfx942"),
+        ("gfx942", "gfx942"),
+        ("", "sm90"),
+    ],
+)
+def test_launch_table_by_capability(architecture, entry):
+    table = {key.split(",")[0]: lines for key, lines in json.loads(triton_linear.LAUNCH_TABLE.read_text()).items()}
+    lines = tuple(Launch(**line) for line in table[entry])
+    assert triton_linear.launches("a GPU that nobody has tuned", architecture) == lines
+
+
+def test_launch_table_by_name(tmp_path, monkeypatch):
+    """An entry that tuning wrote for one GPU goes before that of its capability."""
+    path = tmp_path / "launch.json"
+    path.write_text(json.dumps({"Some GPU": [{"max_rows": None, "kernel": "dense"}], "sm90": []}))
+    monkeypatch.setattr(triton_linear, "LAUNCH_TABLE", path)
+    triton_linear.launches.cache_clear()
+    assert triton_linear.launches("Some GPU", "sm90") == (Launch(None, "dense"),)
+    triton_linear.launches.cache_clear()

@@ -1,0 +1,36 @@
+"""The backend that multiplies packed layers in vLLM.
+
+`triton` (CUDA, ROCm) multiplies with the packed integers. `dense` (the default elsewhere) folds the rotation into a
+16-bit weight at load time, and is then as fast and as large as the 16-bit model. `reference` is plain torch, for
+comparison.
+"""
+
+from __future__ import annotations
+
+import os
+
+BACKENDS = ("triton", "dense", "reference")
+BACKEND_VARIABLE = "BQ_VLLM_BACKEND"
+
+
+def chosen_backend() -> str:
+    """The backend that the environment asks for; empty where the platform decides."""
+    return os.environ.get(BACKEND_VARIABLE, "")
+
+
+def select_backend() -> str:
+    """The backend of this process: that of `BQ_VLLM_BACKEND`, else `triton` on a GPU and `dense` on a CPU.
+
+    Raises:
+        ValueError: if the variable names no backend, or one that cannot run on this platform.
+    """
+    from bq_kernels import ops  # imported late: the plugin is registered before vLLM knows its platform
+    from vllm.platforms import current_platform
+
+    on_gpu = current_platform.is_cuda_alike()
+    backend = chosen_backend() or ("triton" if on_gpu else "dense")
+    if backend not in BACKENDS:
+        raise ValueError(f"{BACKEND_VARIABLE}={backend}: unknown backend, expected one of {list(BACKENDS)}")
+    if backend == "triton" and not on_gpu and not ops.interpreted():
+        raise ValueError(f"{BACKEND_VARIABLE}=triton on a CPU needs TRITON_INTERPRET=1")
+    return backend

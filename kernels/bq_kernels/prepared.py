@@ -1,0 +1,80 @@
+"""Weights of a packed linear layer, prepared once after loading, and the product with them.
+
+transformers and vLLM both load layers in the checkpoint's layout and multiply through this file.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import ops, reference
+from .tiles import tile
+
+
+class PreparedWeights(NamedTuple):
+    """Tensors that the product of one linear layer reads; None where the layer has none.
+
+    Attributes:
+        qweight: int32, tiles [⌈N/64⌉, ⌈K/128⌉, 256·bits] or the checkpoint's words [N, K·bits/32].
+        scales, zeros: [K/group, 64·⌈N/64⌉] beside tiles, else [N, K/group]; `zeros` None: mid-rise levels.
+        cos_sin, mix: tables of the rotation, from `reference.givens_tables`; None without a rotation.
+    """
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    cos_sin: torch.Tensor | None
+    mix: torch.Tensor | None
+
+
+def prepare_weights(
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    angles: torch.Tensor | None,
+    block_size: int,
+    in_features: int,
+    *,
+    tiled: bool,
+) -> PreparedWeights:
+    """Bring a layer from the checkpoint's layout into the one that it is multiplied in.
+
+    Args:
+        qweight: int32 [N, K·bits/32].
+        scales: [N, K/group].
+        zeros: [N, K/group], or None for mid-rise levels.
+        angles: [K/block_size, num_angles(block_size)], or None without a rotation.
+        block_size: block size of the rotation.
+        in_features: K.
+        tiled: repack for the operators of `ops`; otherwise keep the words as they are, for plain torch.
+
+    Raises:
+        ValueError: if no supported layout fits the shapes.
+    """
+    packed = tile(qweight, scales, zeros, in_features) if tiled else (qweight, scales, zeros)
+    tables = (None, None) if angles is None else reference.givens_tables(angles, block_size)
+    return PreparedWeights(*packed, *tables)
+
+
+def prepared_linear(
+    x: torch.Tensor, weights: PreparedWeights, bias: torch.Tensor | None, out_features: int
+) -> torch.Tensor:
+    """y = W′ (Q x) + bias: an operator of `ops` for tiles, else plain torch.
+
+    Args:
+        x: [..., K], any float dtype.
+        weights: from `prepare_weights`.
+        bias: [N] or None.
+        out_features: N.
+
+    Returns:
+        [..., N] in the dtype of `x`.
+    """
+    qweight, scales, zeros, cos_sin, mix = weights
+    if qweight.dim() == 3:
+        return ops.packed_linear(x, qweight, scales, zeros, bias, out_features, cos_sin, mix)
+    if cos_sin is not None:
+        x = reference.apply_rotation(x, cos_sin, mix)
+    return reference.packed_linear(x, qweight, scales, zeros, bias)
