@@ -98,7 +98,7 @@ def tune(
     cases = [LinearCase(*shape, group, device, cache) for shape in shapes]
     build_kernels([WarmUp(*shape, group, [n], tuning.candidates(n)) for n in counts for shape in shapes], console)
     best = [vars(launch) for launch in tuning.rank(counts, cases, deadline, console, 2 if smoke else None)]
-    best.append({"rows": None, "kernel": "dense"})
+    best.append({"max_rows": None, "kernel": "dense"})
     gpu = environment()["device"]
     if not smoke:
         tuning.write_launch_table(gpu, best)

@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 from bq_kernels import triton_linear
-from bq_kernels.triton_linear import Launch
+from bq_kernels.triton_linear import LAUNCH_TABLE, Launch
 from rich.console import Console
 
 from benchmarks.harness.timing import median_seconds
 from benchmarks.packed_linear.cases import DTYPE, LinearCase
 
-LAUNCH_TABLE = Path(triton_linear.__file__).with_name("launch.json")
+COMMON_FIELDS = ("max_rows", "kernel")
+KERNEL_FIELDS = {
+    "decode": ("programs", "slice", "fuse"),
+    "gemm": ("programs", "block_m", "tiles", "stages", "warps"),
+    "dense": (),
+}
 
 
 def candidates(rows: int) -> list[Launch]:
@@ -81,11 +86,24 @@ def rank(
             yield ranked[0][1]
 
 
-def write_launch_table(key: str, launches: list[dict[str, Any]], path: Path = LAUNCH_TABLE) -> None:
-    """Put the launches of one device into the table, one line per launch."""
-    table = json.loads(path.read_text()) | {key: launches}
+def _line(launch: Launch) -> dict[str, Any]:
+    """A line of the launch table: the fields that the launch's kernel reads."""
+    return {
+        name: value for name, value in vars(launch).items() if name in (*COMMON_FIELDS, *KERNEL_FIELDS[launch.kernel])
+    }
+
+
+def write_launch_table(gpu: str, launches: list[Launch], path: Path = LAUNCH_TABLE) -> None:
+    """Put the launches of one GPU into the table, one line each.
+
+    Args:
+        gpu: its name, as `torch.cuda.get_device_name` gives it.
+        launches: fewest rows first.
+        path: of the table.
+    """
+    table = json.loads(path.read_text()) | {gpu: [_line(launch) for launch in launches]}
     entries = (
-        f"  {json.dumps(name)}: [\n" + ",\n".join(f"    {json.dumps(launch)}" for launch in lines) + "\n  ]"
+        f"  {json.dumps(name)}: [\n" + ",\n".join(f"    {json.dumps(line)}" for line in lines) + "\n  ]"
         for name, lines in table.items()
     )
     path.write_text("{\n" + ",\n".join(entries) + "\n}\n")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bq_kernels.triton_linear import Launch
 
 from benchmarks.packed_linear import tuning
 from benchmarks.packed_linear.report import comparison_table, layer_table
@@ -59,9 +60,11 @@ def test_tables_of_a_record():
 
 def test_launch_table_keeps_other_devices(tmp_path):
     path = tmp_path / "launch.json"
-    path.write_text('{"default": [{"rows": null, "kernel": "dense"}]}')
-    tuning.write_launch_table("a GPU", [{"rows": 1, "kernel": "decode"}, {"rows": None, "kernel": "dense"}], path)
+    path.write_text('{"sm90": [{"max_rows": null, "kernel": "dense"}]}')
+    launches = [Launch(1, "decode", 2, 1024, True), Launch(64, "gemm", block_m=64), Launch(None, "dense")]
+    tuning.write_launch_table("a GPU", launches, path)
     table = json.loads(path.read_text())
-    assert table["default"] == [{"rows": None, "kernel": "dense"}]
-    assert table["a GPU"][0] == {"rows": 1, "kernel": "decode"}
-    assert len(path.read_text().splitlines()) == 9  # one line per launch
+    assert table["sm90"] == [{"max_rows": None, "kernel": "dense"}]
+    assert table["a GPU"][0] == {"max_rows": 1, "kernel": "decode", "programs": 2, "slice": 1024, "fuse": True}
+    assert [Launch(**line) for line in table["a GPU"]] == launches
+    assert len(path.read_text().splitlines()) == 10  # one line per launch

@@ -36,15 +36,19 @@ def smoke(run, tmp_path) -> Callable[..., tuple[dict, str]]:
 
 
 def dense_bytes(dtype: torch.dtype) -> int:
-    """Bytes of the dense model of the smoke shape as vLLM holds it: weights, and the cosines and sines of positions."""
+    """Bytes of the dense model of the smoke shape as vLLM holds it.
+
+    Beside weights that is the cosines and sines of positions, and float32 scales of queries, keys, values and
+    probabilities in each layer.
+    """
     shape = dict(zip(SHAPE_NAMES, SHAPES["smoke"], strict=True))
     hidden, mlp, vocabulary = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
     head = hidden // shape["num_attention_heads"]
     kv = shape["num_key_value_heads"] * head
     attention = hidden * (hidden + 2 * kv) + hidden * hidden
-    layer = attention + 3 * hidden * mlp + 2 * hidden
-    weights = 2 * vocabulary * hidden + shape["num_hidden_layers"] * layer + hidden
-    return (weights + shape["max_position_embeddings"] * head) * dtype.itemsize
+    layers, layer = shape["num_hidden_layers"], attention + 3 * hidden * mlp + 2 * hidden
+    weights = 2 * vocabulary * hidden + layers * layer + hidden
+    return (weights + shape["max_position_embeddings"] * head) * dtype.itemsize + layers * 4 * 4
 
 
 @needs_vllm
