@@ -108,7 +108,7 @@ def test_no_import_circles(part):
 
 ONE_PLACE = {  # what is written: the files that may say it
     r"register_forward_pre_hook": {"calibration/bq_calibration/block.py"},  # statistics of inputs
-    r"2 ?\*\* ?(\w+\.)?bits - 1": {"kernels/bq_kernels/format.py"},  # the largest code and the middle of the codes
+    r"(2 ?\*\* ?|1 << )(\w+\.)?bits\)? - 1": {"kernels/bq_kernels/format.py"},  # the largest code and the middle of the codes
     r"1_000_003": {"calibration/bq_calibration/sampling.py"},  # seeds
     r"\[:: ?max\(1, ": set(),  # a spread of rows
     r"\(2, 3, 4\)": {"kernels/bq_kernels/format.py"},  # bits
