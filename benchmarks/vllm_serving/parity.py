@@ -83,6 +83,7 @@ def main(
 ) -> None:
     """Evaluate with both, in the checkpoint's dtype where the device multiplies it natively, and print both."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; vLLM's default is nearly all of a machine's memory
     result = _perplexity_by_transformers(model, perplexity, context, windows)
     result["vllm"] = served_perplexity(model, perplexity, context, result["windows"])
     result |= {"model": Path(model).name, "ratio": result["vllm"] / result["value"]}
