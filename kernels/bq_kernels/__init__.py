@@ -1,1 +1,1 @@
-"""The format, the butterfly rotation and the packed GEMM: a torch reference and Triton kernels, one contract."""
+"""The checkpoint format, and butterfly rotation and packed GEMM as a torch reference and as Triton kernels."""

@@ -1,4 +1,4 @@
-"""The checkpoint format, version 1: what `quantization_config` may say and which tensors a layer has.
+"""The checkpoint format, version 1: keys and values of `quantization_config`, tensors of a layer.
 
 This file is the only place that knows the schema. Calibration writes through it, every loader reads through it.
 """
@@ -22,7 +22,7 @@ PER_CHANNEL = -1
 
 
 class FormatError(ValueError):
-    """A checkpoint, config or tensor breaks the format; the message names it and says what was expected."""
+    """A checkpoint, config or tensor breaks the format; the message names it and the expected value."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class RotationConfig:
         return cls(data["kind"], data.get("block_size", {}))
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as it stands in config.json."""
+        """The table as config.json holds it."""
         return {"kind": self.kind} | ({"block_size": dict(self.block_size)} if self.kind != "none" else {})
 
 
@@ -163,7 +163,7 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> QuantConfig:
-        """Parse `quantization_config`, refusing what version 1 does not know.
+        """Parse `quantization_config`, refusing keys and values that version 1 does not allow.
 
         Raises:
             FormatError: naming the key, what was found and what was expected.
@@ -193,7 +193,7 @@ class QuantConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as it stands in config.json."""
+        """The table as config.json holds it."""
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -205,7 +205,7 @@ class QuantConfig:
         } | ({"module_bits": dict(self.module_bits)} if self.module_bits else {})
 
     def skips(self, module: str) -> bool:
-        """Whether `modules_to_not_convert` holds the module, a part of its dotted name, or what it is inside of."""
+        """Whether `modules_to_not_convert` holds the module, one that contains it, or a part of its dotted name."""
         return any(f".{name}." in f".{module}." for name in self.modules_to_not_convert)
 
     def bits_of(self, module: str) -> int:

@@ -29,7 +29,7 @@ def hadamard_angles(features: int, block_size: int, device: torch.device | str |
 def angles_of(
     kind: str, stored: torch.Tensor | None, features: int, block_size: int, device: torch.device | str | None = None
 ) -> torch.Tensor | None:
-    """Angles of a layer's rotation by its kind: those stored, or a Hadamard transform's, which nothing stores.
+    """Angles of a layer's rotation by its kind: those stored, or those of a Hadamard transform, which are not stored.
 
     Args:
         kind: `butterfly`, `hadamard` or `none`.
@@ -88,7 +88,7 @@ def apply_rotation(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) ->
     """
     blocks, _, k, _ = cos_sin.shape
     m = mix.shape[-1]
-    # copied, for as an operator it must not return its argument, not even where Q is the identity (b = 1)
+    # copied: an operator must not return its argument, not even where Q is the identity (b = 1)
     y = x.reshape(-1, blocks, m << k).to(torch.float32, copy=True)
     rows = y.shape[0]
     for j in range(k):

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from bq_kernels import ops, triton_decode, triton_dequantize, triton_gemm, triton_linear, triton_rotate
 from bq_kernels.format import split_block
 
-from .aot import TARGETS, inspect, record
+from .aot import BORROWING_TARGETS, TARGETS, inspect, record
 
 pytestmark = pytest.mark.skipif(ops.interpreted(), reason="an interpreted kernel cannot be compiled")
 
@@ -75,7 +75,8 @@ MORE = [(2, 32, False, HALF), (2, 128, True, BRAIN), (4, 128, False, HALF)]  # o
 
 def shipped():
     """Every line of launch.json for every kind of weight and target; the first kind on Hopper is not slow."""
-    for target, kind in [*itertools.product(TARGETS, KINDS), *itertools.product(["sm90"], MORE)]:
+    borrowed = itertools.product(BORROWING_TARGETS, KINDS[:1])
+    for target, kind in [*itertools.product(TARGETS, KINDS), *itertools.product(["sm90"], MORE), *borrowed]:
         slow = target != "sm90" or kind != KINDS[0]
         for line in triton_linear.launches("", target):
             if line.kernel != "dense":

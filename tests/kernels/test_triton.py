@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bq_kernels import ops, reference, triton_linear, triton_rotate
+from bq_kernels import ops, reference, triton_decode, triton_linear, triton_rotate
 from bq_kernels.format import num_angles
 from bq_kernels.gpu import Gpu
 from bq_kernels.packing import pack
@@ -196,7 +196,7 @@ def test_groups(call, in_features, group, launch, float_zero):
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16])
 @pytest.mark.parametrize("slice_columns", [128, pytest.param(512, marks=pytest.mark.slow)])
 def test_decode_rows(call, rows, slice_columns):
-    """Slices that reach past K, one and several tiles a program."""
+    """Slices that reach past K, one tile and several tiles per program."""
     programs, dtype = (1, HALF) if rows % 2 else (64, BRAIN)
     launch = decode(slice_columns, programs=programs)
     check_linear(call, torch.randn(rows, 640).to(dtype), 200, 2, 128, rows % 2 == 0, launch=launch)
@@ -302,6 +302,22 @@ def test_rotation_launches():
                 assert block % (config["HEIGHT"] * config["COLUMNS"]) == 0
                 assert config["PADDED_HEIGHT"] * config["COLUMNS"] * config["BLOCK_M"] <= 32768
                 assert config["num_warps"] in (1, 2, 4, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "bits", "group_size", "float_zero", "kept"),
+    [
+        (1024, 2, 128, False, 1024),
+        (1024, 3, 128, False, 1024),
+        (1024, 4, 128, False, 512),  # words of two tiles
+        (1024, 2, 128, True, 512),  # zeros beside the scales
+        (1024, 2, 64, False, 512),
+        (1024, 4, 32, True, 128),
+        (128, 2, 128, False, 128),
+    ],
+)
+def test_decode_keeps_what_registers_hold(wanted, bits, group_size, float_zero, kept):
+    assert triton_decode.kept_columns(wanted, bits, group_size, float_zero) == kept
 
 
 def test_launch_table():
