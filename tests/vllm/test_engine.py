@@ -39,7 +39,7 @@ VARIANTS = {
             **{f"model.layers.1.self_attn.{name}_proj": 4 for name in "qkv"},
         },
     },
-    "a scale a row, no rotation, o_proj skipped": {
+    "one scale per row, no rotation, o_proj skipped": {
         "group_size": -1,
         "kind": "none",
         "skip": ("lm_head", "o_proj"),

@@ -97,7 +97,7 @@ FORMATS = {
     "default": {},
     "3 bits": {"bits": 3, "zero_point": "float", "group_size": 64},
     "4 bits": {"bits": 4, "kind": "hadamard", "block_size": {"default": 128, "down_proj": 192}, "group_size": 64},
-    "a scale a row": {"group_size": -1, "zero_point": "float"},
+    "one scale per row": {"group_size": -1, "zero_point": "float"},
     "no rotation": {"kind": "none"},
 }
 
