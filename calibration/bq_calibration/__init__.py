@@ -110,6 +110,9 @@ def evaluate(
 
     if not perplexity and not tasks:
         raise UserError("nothing to do: give --perplexity and/or --tasks")
+    for name, value, least in (("--context", context, 2), ("--windows", windows, 1), ("--limit", limit, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{name} {value}: expected at least {least}")
     from .compute import dtype_name
     from .evaluation import Evaluator
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .architecture import InputGroup, input_groups
 from .errors import UserError
-from .model import TensorStore
+from .store import TensorStore
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], QuantConfig]:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from . import __version__, calibrate, evaluate, inspect
 from .console import stderr, stdout
-from .errors import UserError
+from .errors import UserError, check_writable
 from .logs import log_to
 from .recipes import RECIPES, Recipe, make_recipe
 
@@ -153,6 +153,8 @@ def _evaluate(
     version: Version = False,
 ) -> None:
     """Perplexity and zero-shot accuracy of a checkpoint or a 16-bit model."""
+    if output:
+        check_writable(output)  # before the work, not behind it
     results = evaluate(
         model,
         perplexity=perplexity,

@@ -25,3 +25,17 @@ def explain_write(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = "no space left on the device" if "No space left" in str(error) else str(error)
         raise WriteError(f"{path}: could not be written: {reason}") from error
+
+
+def check_writable(file: Path) -> None:
+    """Refuse a file that cannot be written, and leave it as it is.
+
+    Raises:
+        WriteError: naming the file.
+    """
+    with explain_write(file):
+        existed = file.exists()
+        with open(file, "ab"):
+            pass
+        if not existed:
+            file.unlink()

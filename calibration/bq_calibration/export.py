@@ -10,7 +10,8 @@ from bq_kernels.format import QuantConfig
 
 from .errors import explain_write
 from .files import write_json, write_tensors
-from .model import SourceModel, TensorStore
+from .model import SourceModel
+from .store import TensorStore
 
 SHARD_BYTES = 2 * 10**9
 _COPIED = (

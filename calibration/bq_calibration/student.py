@@ -16,8 +16,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from .block import Block
-from .model import SourceModel, TensorStore
+from .model import SourceModel
 from .rotation import ButterflyRotation
+from .store import TensorStore
 
 INIT_MARGIN = 0.45  # how far from its stored code, in steps, a latent code may be when training begins
 # weights per decoder layer from which activations inside layers are computed again for the backward pass, not kept

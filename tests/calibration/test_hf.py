@@ -5,7 +5,6 @@ import math
 import bq_calibration.hf
 import pytest
 import torch
-from bq_calibration.data import tokenize
 from bq_calibration.errors import UserError
 from bq_calibration.evaluation import Evaluator
 from rich.progress import Progress
@@ -60,7 +59,7 @@ def test_perplexity_follows_the_protocol(which, model, checkpoint, text):
     path = model if which == "16-bit" else checkpoint
     context = 64
     found = Evaluator(str(path), "float32", "cpu").perplexity(str(text), context, None, Progress(disable=True))
-    tokens = tokenize(AutoTokenizer.from_pretrained(path), text.read_text())
+    tokens = AutoTokenizer.from_pretrained(path)(text.read_text(), verbose=False)["input_ids"]  # adds no BOS
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     losses = []
     for start in range(0, len(tokens) - context + 1, context):
