@@ -96,6 +96,10 @@ def _calibrate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted run stopped.", rich_help_panel=RUN)
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only check everything and print the cost of the run.", rich_help_panel=RUN),
+    ] = False,
     plots: Annotated[bool, typer.Option(help="Draw pictures of the report.", rich_help_panel=RUN)] = True,
     version: Version = False,
     **settings: Any,
@@ -113,12 +117,17 @@ def _calibrate(
     run = {"device": device, "compute_dtype": compute_dtype, "resume": resume, "plots": plots}
     try:
         with contextlib.nullcontext() if stderr.is_terminal else log_to(None):
-            report = calibrate(model, str(out), recipe, progress=stderr.is_terminal, **run, **overrides)
+            report = calibrate(
+                model, str(out), recipe, dry_run=dry_run, progress=stderr.is_terminal, **run, **overrides
+            )
     except KeyboardInterrupt:
         unfinished = out.with_name(out.name + ".partial")
         hint = f"; finished blocks are kept in {unfinished}: continue with --resume" if unfinished.exists() else ""
         stderr.print(f"interrupted{hint}", soft_wrap=True)
         sys.exit(130)
+    if dry_run:
+        stdout.print(_plan_table(report, out))
+        return
     totals, facts = report["totals"], report["run"]
     stdout.print(
         f"{out}: {totals['bits_per_weight']:.3f} bits per weight, {totals['checkpoint_bytes'] / 1e6:.1f} MB "
@@ -126,6 +135,21 @@ def _calibrate(
         f"peak {facts['peak_memory_bytes'] / 1e9:.2f} GB, computed in {facts['compute_dtype']['forward']}",
         soft_wrap=True,
     )
+
+
+def _plan_table(plan: dict[str, Any], out: Path) -> Table:
+    table = Table("dry run", f"{out}, nothing is written")
+    held_out = f", {plan['held_out']} of them held out" if plan["held_out"] else ""
+    table.add_row("windows of text", f"{plan['windows']} of {plan['seqlen']} tokens{held_out}")
+    table.add_row("computed in", plan["compute_dtype"]["forward"])
+    table.add_row(
+        "checkpoint", f"{plan['checkpoint_bytes'] / 1e6:.1f} MB, {plan['bits_per_weight']:.3f} bits per weight"
+    )
+    table.add_row("disk, unfinished work included", f"{plan['disk_bytes'] / 1e9:.2f} GB")
+    table.add_row("memory, about", f"{plan['memory_bytes'] / 1e9:.1f} GB")
+    if plan["seconds"] is not None:
+        table.add_row("time, about", f"{plan['seconds'] / 60:.0f} minutes on this machine")
+    return table
 
 
 # ---- bq-eval and bq-inspect

@@ -52,11 +52,11 @@ def export(source: SourceModel, blocks: Path, config: QuantConfig, folder: Path)
     }
     store_of = {name: source.store for name in source.store.names() if name not in replaced}
     store_of |= dict.fromkeys(packed.names(), packed)
-    _write_shards(store_of, folder)
+    _write_shards(store_of, source, folder)
     write_json(folder / "config.json", _exported_config(source, config))
 
 
-def _write_shards(store_of: dict[str, TensorStore], folder: Path) -> None:
+def _write_shards(store_of: dict[str, TensorStore], source: SourceModel, folder: Path) -> None:
     """Write tensors in shards of at most SHARD_BYTES, with an index where there are several."""
     shards: list[list[str]] = [[]]
     size = total = 0
@@ -66,11 +66,14 @@ def _write_shards(store_of: dict[str, TensorStore], folder: Path) -> None:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size, total = size + nbytes, total + nbytes
+        size += nbytes
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, {name: store_of[name].get(name) for name in names})
+        tensors = {name: store_of[name].get(name) for name in names}
+        kept = {name: tensor.to(source.kept_dtype(name)) for name, tensor in tensors.items() if name in source.store}
+        write_tensors(folder / file, tensors | kept)
+        total += sum(tensor.nbytes for tensor in (tensors | kept).values())
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -79,6 +82,8 @@ def _write_shards(store_of: dict[str, TensorStore], folder: Path) -> None:
 
 def _exported_config(source: SourceModel, config: QuantConfig) -> dict[str, Any]:
     exported = source.config_dict | {"quantization_config": config.to_dict()}
+    if source.kept_dtype(source.first_linear) != source.stored_dtype:  # float32 has become bfloat16
+        exported |= dict.fromkeys({"dtype", "torch_dtype"} & set(exported) or {"dtype"}, "bfloat16")
     if "_name_or_path" in exported:  # may be a folder of the machine that saved the model
         exported["_name_or_path"] = source.name
     return exported

@@ -83,8 +83,11 @@ class SourceModel:
         model: folder or hub name.
         device: where layers and activations live.
         compute_dtype: see `compute.compute_dtypes`.
+        unquantized_dtype: `auto` or `source`, see `kept_dtype`.
 
     Attributes:
+        first_linear: name of the first linear layer's weight.
+        stored_dtype: of that weight, the model's main dtype.
         dtype: of weights and activations in memory.
         training_dtype: of the products of layers that are trained.
 
@@ -92,7 +95,8 @@ class SourceModel:
         UserError: for an unsupported architecture, an already quantized model, or missing weights.
     """
 
-    def __init__(self, model: str, device: torch.device, compute_dtype: str = "auto"):
+    def __init__(self, model: str, device: torch.device, compute_dtype: str = "auto", unquantized_dtype: str = "auto"):
+        self.unquantized_dtype = unquantized_dtype
         self.folder = resolve_model(model)
         self.device = device
         self.config_dict = read_json(self.folder / "config.json", "is this the folder of a Hugging Face model?")
@@ -108,7 +112,8 @@ class SourceModel:
         with init_empty_weights(include_buffers=False):  # buffers are computed, not stored: they must be real
             self.skeleton = AutoModelForCausalLM.from_config(self.config).eval()
         self._match_names()
-        self.stored_dtype = self.store.dtype(f"{self.block_prefix(0)}{self.groups[0].layers[0]}.weight")
+        self.first_linear = f"{self.block_prefix(0)}{self.groups[0].layers[0]}.weight"
+        self.stored_dtype = self.store.dtype(self.first_linear)
         self.compute = compute_dtypes(compute_dtype, self.stored_dtype, device)
         self.dtype, self.training_dtype = self.compute.forward, self.compute.training
         for parameter in self.skeleton.parameters():  # buffers keep their own dtype: positions need float32
@@ -159,6 +164,16 @@ class SourceModel:
         if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
             return folder.parents[1].name.removeprefix("models--").replace("--", "/", 1)
         return folder.name
+
+    def kept_dtype(self, name: str) -> torch.dtype:
+        """Dtype in which the checkpoint holds a tensor that is not quantized.
+
+        With `auto` that is bfloat16 where the source has 32 bits or more: embeddings of a 2-bit model in float32 would
+        be most of its bytes.
+        """
+        stored = self.store.dtype(name)
+        wide = self.unquantized_dtype == "auto" and stored.itemsize > 2 and stored.is_floating_point
+        return torch.bfloat16 if wide else stored
 
     def tokenizer(self):
         """The model's tokenizer.

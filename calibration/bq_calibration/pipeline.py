@@ -62,7 +62,7 @@ class Calibration:
     ):
         self.recipe, self.device, self.plots = recipe, torch.device(device), plots
         self.workspace = Workspace(Path(out), resume)
-        self.source = SourceModel(model, self.device, compute_dtype)
+        self.source = SourceModel(model, self.device, compute_dtype, recipe.unquantized_dtype)
         self.config = self._format()
 
     def run(self, progress: Progress) -> dict[str, Any]:

@@ -47,6 +47,12 @@ class Recipe:
     zero_point: str = _setting(
         "midrise", FORMAT, "Levels: symmetric ones without a zero, or a float zero per group.", choices=ZERO_POINTS
     )
+    unquantized_dtype: str = _setting(
+        "auto",
+        FORMAT,
+        "Embeddings, norms and LM head: bfloat16 where the source is float32, or as in the source.",
+        choices=("auto", "source"),
+    )
     tensor_parallel: int = _setting(
         1, FORMAT, "GPUs: rotation blocks and groups stay inside the shards of row-parallel layers.", least=1
     )

@@ -228,7 +228,7 @@ class Trainable:
         """Put trainable norms in place of those inside `module`, whose name in the checkpoint starts with `prefix`."""
         for name, norm in list(module.named_modules()):
             if name.endswith("norm") and isinstance(getattr(norm, "weight", None), nn.Parameter):
-                dtype = self.source.store.dtype(f"{prefix}{name}.weight")
+                dtype = self.source.kept_dtype(f"{prefix}{name}.weight")
                 self.norms[prefix + name] = _Norm(norm, dtype)
                 module.set_submodule(name, self.norms[prefix + name])
 
