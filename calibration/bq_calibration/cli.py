@@ -98,7 +98,7 @@ def _calibrate(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only check everything and print the cost of the run.", rich_help_panel=RUN),
+        typer.Option("--dry-run", help="Only check everything and print its cost.", rich_help_panel=RUN),
     ] = False,
     plots: Annotated[bool, typer.Option(help="Draw pictures of the report.", rich_help_panel=RUN)] = True,
     version: Version = False,
@@ -142,9 +142,8 @@ def _plan_table(plan: dict[str, Any], out: Path) -> Table:
     held_out = f", {plan['held_out']} of them held out" if plan["held_out"] else ""
     table.add_row("windows of text", f"{plan['windows']} of {plan['seqlen']} tokens{held_out}")
     table.add_row("computed in", plan["compute_dtype"]["forward"])
-    table.add_row(
-        "checkpoint", f"{plan['checkpoint_bytes'] / 1e6:.1f} MB, {plan['bits_per_weight']:.3f} bits per weight"
-    )
+    size = f"{plan['checkpoint_bytes'] / 1e6:.1f} MB, {plan['bits_per_weight']:.3f} bits per weight"
+    table.add_row("checkpoint", size)
     table.add_row("disk, unfinished work included", f"{plan['disk_bytes'] / 1e9:.2f} GB")
     table.add_row("memory, about", f"{plan['memory_bytes'] / 1e9:.1f} GB")
     if plan["seconds"] is not None:

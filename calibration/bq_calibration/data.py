@@ -10,7 +10,7 @@ import torch
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM
 
-from .errors import UserError
+from .errors import UserError, explain
 from .model import SourceModel
 from .recipes import Recipe
 
@@ -33,7 +33,14 @@ def gather_tokens(source: SourceModel, recipe: Recipe, progress: Progress) -> to
     check_length(source.config, recipe.seqlen, "--seqlen")
     tokenizer = source.tokenizer()
     if recipe.dataset != "self":
-        return calibration_tokens(tokenizer, recipe.dataset, recipe.windows, recipe.seqlen, recipe.seed)
+        with explain(f"{source.folder}: the tokenizer does not work"):
+            tokens = calibration_tokens(tokenizer, recipe.dataset, recipe.windows, recipe.seqlen, recipe.seed)
+        if int(tokens.max()) >= source.vocabulary:
+            raise UserError(
+                f"{source.folder}: the tokenizer gives token {int(tokens.max())}, the model knows {source.vocabulary}; "
+                "are they of one model?"
+            )
+        return tokens
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.dtype).to(source.device).eval()
     return sampled_tokens(model, tokenizer, recipe.windows, recipe.seqlen, recipe.seed, progress)
 

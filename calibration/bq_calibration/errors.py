@@ -18,6 +18,22 @@ class WriteError(UserError):
 
 
 @contextlib.contextmanager
+def explain(message: str) -> Iterator[None]:
+    """Turn whatever a library raises over a user's file into a UserError of one line.
+
+    Args:
+        message: names the file and the problem; the library's own words follow in parentheses.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{message} ({words[:300]})") from error
+
+
+@contextlib.contextmanager
 def explain_write(path: Path) -> Iterator[None]:
     """Turn a failed write (no space, no permission, a file-size limit) into a WriteError that names `path`."""
     try:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .architecture import input_groups
 from .block import Block
 from .compute import compute_dtypes
-from .errors import UserError
+from .errors import UserError, explain
 from .store import TensorStore
 
 logger = logging.getLogger(__name__)
@@ -104,13 +104,11 @@ class SourceModel:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UserError(f"{self.folder}: already quantized ({method}); calibration starts from the 16-bit model")
         self.groups = input_groups(self.config_dict.get("model_type", "without a model_type"))
-        try:
-            self.config = AutoConfig.from_pretrained(self.folder)
-        except Exception as error:
-            raise UserError(f"{self.folder / 'config.json'}: transformers cannot read it ({error})") from error
         self.store = TensorStore.of_model(self.folder)
-        with init_empty_weights(include_buffers=False):  # buffers are computed, not stored: they must be real
-            self.skeleton = AutoModelForCausalLM.from_config(self.config).eval()
+        with explain(f"{self.folder / 'config.json'}: transformers cannot read it"):
+            self.config = AutoConfig.from_pretrained(self.folder)
+            with init_empty_weights(include_buffers=False):  # buffers are computed, not stored: they must be real
+                self.skeleton = AutoModelForCausalLM.from_config(self.config).eval()
         self._match_names()
         self.first_linear = f"{self.block_prefix(0)}{self.groups[0].layers[0]}.weight"
         self.stored_dtype = self.store.dtype(self.first_linear)
@@ -165,6 +163,11 @@ class SourceModel:
             return folder.parents[1].name.removeprefix("models--").replace("--", "/", 1)
         return folder.name
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return self.decoder.embed_tokens.num_embeddings
+
     def kept_dtype(self, name: str) -> torch.dtype:
         """Dtype in which the checkpoint holds a tensor that is not quantized.
 
@@ -181,10 +184,8 @@ class SourceModel:
         Raises:
             UserError: if the folder has none.
         """
-        try:
+        with explain(f"{self.folder}: the tokenizer cannot be loaded"):
             return AutoTokenizer.from_pretrained(self.folder)
-        except Exception as error:
-            raise UserError(f"{self.folder}: the tokenizer cannot be loaded ({error})") from error
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the model as it is stored.

@@ -103,8 +103,14 @@ class Calibration:
         preflight.check_weights(self.source, progress)
         tokens = self._fitted(gather_tokens(self.source, self.recipe, progress))
         preflight.check_activations(self.source, tokens, progress)
-        windows = {"windows": len(tokens), "held_out": self.recipe.held_out * self.recipe.trains}
-        return plan.to_dict() | windows | {"compute_dtype": self.source.compute.to_dict()}
+        recipe = self.recipe
+        return dataclasses.asdict(plan) | {
+            "seconds": plan.seconds(self.device),
+            "windows": len(tokens),
+            "seqlen": recipe.seqlen,
+            "held_out": recipe.held_out if recipe.trains else 0,
+            "compute_dtype": self.source.compute.to_dict(),
+        }
 
     def _fitted(self, tokens: torch.Tensor) -> torch.Tensor:
         """Fit the recipe to the windows that the data has given."""
