@@ -48,13 +48,13 @@ ARCHITECTURES: dict[str, tuple[InputGroup, ...]] = {
 }
 
 
-def input_groups(model_type: str) -> tuple[InputGroup, ...]:
+def input_groups(model_type: object) -> tuple[InputGroup, ...]:
     """Input groups of a decoder block of this architecture.
 
     Raises:
         UserError: if the architecture is not in the table.
     """
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UserError(
             f"architecture {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}. "
             "A LLaMA-like model needs one line in bq_calibration/architecture.py."
