@@ -67,7 +67,14 @@ def _recipe_help(field: dataclasses.Field) -> str:
 
 
 def _recipe_flag(field: dataclasses.Field) -> signatures.Parameter:
-    types = {"int": int, "float": float, "float | None": float, "str": str, "int | None": str}  # a number, or full
+    types = {
+        "int": int,
+        "float": float,
+        "float | None": float,
+        "str": str,
+        "int | None": str,
+        "bool": bool,
+    }  # int | None: or full
     option = typer.Option(help=_recipe_help(field), rich_help_panel=field.metadata["section"], show_default=False)
     annotation = Annotated[types[field.type] | None, option]
     return signatures.Parameter(field.name, signatures.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -73,6 +73,9 @@ class Recipe:
     uniformity: float = _setting(0.0, ROTATION, "Weight λ of the paper's uniformity term.", least=0, most=1e6)
     rounding: str = _setting("gptq", ROUNDING, "To the nearest level, or with error feedback.", choices=("rtn", "gptq"))
     refine: int = _setting(0, ROUNDING, "Sweeps that refine codes and scales after rounding.", least=0)
+    compare: bool = _setting(
+        True, ROUNDING, "Also measure simpler rotations for the report, up to a third of the time of rounding."
+    )
     reconstruct: int = _setting(
         0, TRAINING, "Block-wise QAT (Block-AP): steps per decoder layer; 18 bytes per weight of one layer.", least=0
     )

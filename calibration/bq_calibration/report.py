@@ -81,7 +81,7 @@ def gains(
     Layers and blocks are means over all of them: errors relative to the output, and losses on held-out text.
     """
     kinds = ("none", "hadamard", "butterfly")
-    kinds = kinds[: 1 + kinds.index(recipe.rotation)]
+    kinds = [kind for kind in kinds[: 1 + kinds.index(recipe.rotation)] if kind in inputs[0]["relative_output_error"]]
     errors = [mean(report["relative_output_error"][kind] for report in inputs) for kind in kinds]
     measure = "output error of a layer"
     rows = [(f"rotation, {kind}", measure, *pair) for kind, pair in zip(kinds[1:], pairwise(errors), strict=True)]
