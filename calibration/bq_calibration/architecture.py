@@ -45,7 +45,14 @@ ARCHITECTURES: dict[str, tuple[InputGroup, ...]] = {
     "qwen3": _SEPARATE,
     "gemma3_text": _SEPARATE,
     "phi3": _FUSED,
+    # multimodal: groups of the text decoder's blocks
+    "gemma3": _SEPARATE,
+    "mistral3": _SEPARATE,
+    "qwen2_5_vl": _SEPARATE,
+    "qwen3_vl": _SEPARATE,
 }
+# those of them that take pictures: the text decoder is quantized, vision tower and projector stay as they are
+MULTIMODAL = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl")
 
 
 def input_groups(model_type: object) -> tuple[InputGroup, ...]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from bq_kernels.format import FormatError, QuantConfig, TensorSpec
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, PreTrainedModel
 
 from .architecture import InputGroup, input_groups
 from .errors import UserError
+from .skeleton import decoder_name, empty_model, model_names
 from .store import TensorStore
 
 
@@ -39,13 +39,15 @@ def read_config(folder: Path) -> tuple[dict[str, Any], QuantConfig]:
         raise UserError(f"{file}: {error}") from error
 
 
-def quantized_layers(model: nn.Module, model_type: str, config: QuantConfig) -> dict[str, tuple[nn.Linear, InputGroup]]:
+def quantized_layers(
+    model: PreTrainedModel, model_type: str, config: QuantConfig
+) -> dict[str, tuple[nn.Linear, InputGroup]]:
     """The linear layers of a (possibly empty) model that are stored packed, by full name, with their input group."""
-    layers = {}
+    layers, decoder = {}, decoder_name(model)
     for group in input_groups(model_type):
-        for index in range(len(model.model.layers)):
+        for index in range(len(model.get_submodule(decoder).layers)):
             for name in group.layers:
-                full = f"model.layers.{index}.{name}"
+                full = f"{decoder}.layers.{index}.{name}"
                 if not config.skips(full):
                     layers[full] = (model.get_submodule(full), group)
     return layers
@@ -78,9 +80,11 @@ def verify(folder: Path) -> Verified:
     except Exception as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     del parsed.quantization_config
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(parsed)
-    tied = set(model.all_tied_weights_keys) if parsed.tie_word_embeddings else set()
+    model = empty_model(parsed)
+    own = f"{decoder_name(model)}.", "lm_head."  # other parts are called as the original's files call them
+    names = model_names(store.names(), model)
+    store.rename({name: name if name.startswith(own) else known for name, known in names.items()})
+    tied = set(model.all_tied_weights_keys)
     layers = quantized_layers(model, data.get("model_type", ""), config)
     try:
         _check_tensors(store, _expected(model, layers, config), tied)

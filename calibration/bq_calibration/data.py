@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM
 
 from .errors import UserError, explain
 from .model import SourceModel
 from .recipes import Recipe
+from .skeleton import auto_class
 
 _LOCAL = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -41,7 +41,8 @@ def gather_tokens(source: SourceModel, recipe: Recipe, progress: Progress) -> to
                 "are they of one model?"
             )
         return tokens
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.dtype).to(source.device).eval()
+    kind = auto_class(source.config.model_type)
+    model = kind.from_pretrained(source.folder, dtype=source.dtype).to(source.device).eval()
     return sampled_tokens(model, tokenizer, recipe.windows, recipe.seqlen, recipe.seed, progress)
 
 
@@ -51,7 +52,7 @@ def check_length(config, length: int, flag: str) -> None:
     Raises:
         UserError: naming the flag and the limit.
     """
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise UserError(f"{flag} {length}: the model has {positions} positions; lower {flag}")
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from . import hf  # noqa: F401  registers the butterfly loader
 from .compute import COMPUTE_DTYPES, dtype_name, native_dtype
 from .data import check_length, cut_windows, dataset_name, load_documents
 from .errors import UserError
 from .model import resolve_model
+from .skeleton import auto_class
 
 _MOST_NATS = 700  # whose exponential is a number
 _ROWS = 16  # tokens whose logits are float32 at a time: few enough for a CPU cache, where their loss is 3 x faster
@@ -38,10 +39,12 @@ class Evaluator:
         if dtype not in COMPUTE_DTYPES:
             raise UserError(f"--compute-dtype {dtype}: expected one of {', '.join(COMPUTE_DTYPES)}")
         try:
+            config = AutoConfig.from_pretrained(folder)
             if dtype == "auto":
-                stored = AutoConfig.from_pretrained(folder).dtype or torch.float32
+                stored = config.dtype or config.get_text_config().dtype or torch.float32
                 dtype = native_dtype(stored, device)
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+            kind = auto_class(config.model_type)
+            self.model = kind.from_pretrained(folder, dtype=dtype).to(device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
         except UserError:
             raise

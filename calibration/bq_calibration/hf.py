@@ -1,5 +1,7 @@
 """Butterfly checkpoints in transformers: import this module, then `AutoModelForCausalLM.from_pretrained(CKPT)`.
 
+A multimodal one is loaded with `AutoModelForImageTextToText`, as its original is.
+
 Without the import transformers would fill the packed layers with random weights and only print a warning.
 """
 

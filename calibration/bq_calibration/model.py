@@ -11,28 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from .architecture import input_groups
 from .block import Block
 from .compute import compute_dtypes
 from .errors import UserError, explain
+from .skeleton import decoder_name, empty_model, model_names, other_parts
 from .store import TensorStore
 
 logger = logging.getLogger(__name__)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # tensors that older versions of transformers stored beside the weights and newer ones compute
-_STALE = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.rotary_pos_emb\.inv_freq)$")
-# how names in files may differ from those of the model: (pattern, replacement), the first that fits is taken
-_RENAMINGS = (
-    ("", ""),
-    (r"^(?!model\.|lm_head\.)", "model."),  # saved from the decoder alone
-    (r"^language_model\.", ""),  # the text part of a multimodal model
-    (r"^model\.language_model\.", "model."),
-)
+_STALE = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.rotary_pos_emb\.inv_freq|\.position_ids)$")
 
 
 def resolve_model(model: str) -> Path:
@@ -107,8 +100,10 @@ class SourceModel:
         self.store = TensorStore.of_model(self.folder)
         with explain(f"{self.folder / 'config.json'}: transformers cannot read it"):
             self.config = AutoConfig.from_pretrained(self.folder)
-            with init_empty_weights(include_buffers=False):  # buffers are computed, not stored: they must be real
-                self.skeleton = AutoModelForCausalLM.from_config(self.config).eval()
+            self.skeleton = empty_model(self.config)
+        self.text_config = self.config.get_text_config()
+        self.decoder_name, self.other_parts = decoder_name(self.skeleton), other_parts(self.skeleton)
+        self.decoder = self.skeleton.get_submodule(self.decoder_name)
         self._match_names()
         self.first_linear = f"{self.block_prefix(0)}{self.groups[0].layers[0]}.weight"
         self.stored_dtype = self.store.dtype(self.first_linear)
@@ -119,19 +114,21 @@ class SourceModel:
         for module in self.skeleton.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = buffer.to(device) if buffer is not None else None
-        self.decoder = self.skeleton.model
         self.num_blocks = len(self.decoder.layers)
         self._kwargs: list[dict[str, Any]] = [{} for _ in self.decoder.layers]
 
     def _match_names(self) -> None:
-        """Call stored tensors as the model does, drop stale ones, and refuse a model that is not whole."""
+        """Call stored tensors as the model does, drop stale ones, and refuse a model that is not whole.
+
+        Only tensors of the decoder and the LM head get new names. Those of a vision tower go into the checkpoint as
+        they are called here, for vLLM does not know all names that transformers gives them.
+        """
         expected = {name: tuple(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
-        tied = set(self.skeleton.all_tied_weights_keys) if self.config.tie_word_embeddings else set()
+        tied = set(self.skeleton.all_tied_weights_keys)
         stored = [name for name in self.store.names() if not _STALE.search(name)]
         if stale := len(self.store.names()) - len(stored):
             logger.info("%d stale buffers beside the weights are left out (rotary_emb.inv_freq and the like)", stale)
-        candidates = [{name: re.sub(*rule, name, count=1) for name in stored} for rule in _RENAMINGS]
-        names = min(candidates, key=lambda names: len(set(expected) - set(names.values())))
+        names = model_names(stored, self.skeleton)
         missing = sorted(set(expected) - set(names.values()) - tied)
         kind, surplus = type(self.skeleton).__name__, sorted(set(names.values()) - set(expected))
         if missing:
@@ -145,15 +142,17 @@ class SourceModel:
                 f"{self.folder}: tensor {surplus[0]} does not belong to a {kind} ({len(surplus)} in all); "
                 "a model with another head or more parts is not supported"
             )
-        self.store.rename(names)
-        for name, shape in expected.items():
-            if name in self.store and self.store.shape(name) != shape:
+        in_file = {known: name for name, known in names.items()}
+        for name, shape in [(in_file[known], shape) for known, shape in expected.items() if known in in_file]:
+            if self.store.shape(name) != shape:
                 raise UserError(
                     f"{self.folder}: tensor {name}: expected {list(shape)} by config.json, "
                     f"found {list(self.store.shape(name))}"
                 )
-            if name in self.store and self.store.dtype(name) not in _FLOATS:
+            if self.store.dtype(name) not in _FLOATS:
                 raise UserError(f"{self.folder}: tensor {name} holds {self.store.dtype(name)}; give the 16-bit model")
+        own = f"{self.decoder_name}.", "lm_head."
+        self.store.rename({name: known if known.startswith(own) else name for name, known in names.items()})
 
     @property
     def name(self) -> str:
@@ -211,7 +210,12 @@ class SourceModel:
 
     def block_prefix(self, index: int) -> str:
         """Name prefix of the tensors of decoder layer `index`."""
-        return f"model.layers.{index}."
+        return f"{self.decoder_name}.layers.{index}."
+
+    @property
+    def head_prefix(self) -> str:
+        """Name prefix of the LM head's tensors: its own, or the embedding's where it is tied."""
+        return "lm_head." if "lm_head.weight" in self.store else f"{self.decoder_name}.embed_tokens."
 
     def empty_block(self, index: int) -> Block:
         """Decoder layer `index` without weights: for names and shapes."""
@@ -230,12 +234,11 @@ class SourceModel:
 
     def final_norm(self) -> AbstractContextManager[nn.Module]:
         """The norm behind the last layer, with its weight in memory for as long as the context lasts."""
-        return self._loaded(self.decoder.norm, "model.norm.")
+        return self._loaded(self.decoder.norm, f"{self.decoder_name}.norm.")
 
     def head(self) -> AbstractContextManager[nn.Module]:
         """The LM head, with its weight in memory for as long as the context lasts; it may be the embedding's."""
-        own = "lm_head.weight" in self.store
-        return self._loaded(self.skeleton.lm_head, "lm_head." if own else "model.embed_tokens.")
+        return self._loaded(self.skeleton.lm_head, self.head_prefix)
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -261,7 +264,7 @@ class SourceModel:
         for index, layer in enumerate(self.decoder.layers):
             layer.forward = record(index)
         try:
-            with self._loaded(self.decoder.embed_tokens, "model.embed_tokens."):
+            with self._loaded(self.decoder.embed_tokens, f"{self.decoder_name}.embed_tokens."):
                 rows = [self.decoder(input_ids=row[None], use_cache=False)[0] for row in tokens.to(self.device)]
         finally:
             for layer in self.decoder.layers:

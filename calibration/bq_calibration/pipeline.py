@@ -147,6 +147,8 @@ class Calibration:
         """The checkpoint's format, checked against the shapes of the model's layers."""
         block = self.source.empty_block(0)
         config = quant_config(self.recipe, {group: block.in_features(group) for group in block.groups})
+        kept = (*config.modules_to_not_convert, *self.source.other_parts)
+        config = dataclasses.replace(config, modules_to_not_convert=kept)
         try:
             for name, layer in block.linears().items():
                 config.tensors(name, layer.in_features, layer.out_features)

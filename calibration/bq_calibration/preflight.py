@@ -139,14 +139,14 @@ def plan(source: SourceModel, config: QuantConfig, recipe: Recipe) -> Plan:
 
 def _states(source: SourceModel, recipe: Recipe) -> int:
     """Bytes of the hidden states of all samples."""
-    return recipe.windows * recipe.seqlen * source.config.hidden_size * source.dtype.itemsize
+    return recipe.windows * recipe.seqlen * source.text_config.hidden_size * source.dtype.itemsize
 
 
 def _disk(source: SourceModel, config: QuantConfig, recipe: Recipe, checkpoint: int, packed: int, weights: int) -> int:
     """Checkpoint, finished blocks and tokens; end to end also the teacher's states, stages, and Adam's moments."""
     needed = checkpoint + packed + recipe.windows * recipe.seqlen * 8
     if recipe.trains_end_to_end:
-        trained = weights if recipe.finetune else weights // config.group(source.config.hidden_size)
+        trained = weights if recipe.finetune else weights // config.group(source.text_config.hidden_size)
         stages = bool(recipe.finetune) + bool(recipe.distill)
         needed += _states(source, recipe) + stages * packed + 2 * 12 * trained  # while a file is replaced, twice
     return needed

@@ -1,4 +1,4 @@
-"""A model as transformers builds it, without memory: its decoder, its other parts, the names of its tensors in files."""
+"""A model as transformers builds it, without memory: its decoder and other parts, and how files call its tensors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from collections.abc import Iterable
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from .architecture import MULTIMODAL
 
-# tensors that older versions of transformers stored beside the weights and newer ones compute
-_STALE = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.rotary_pos_emb\.inv_freq|\.position_ids)$")
 _TOWERS = r"(vision_tower|multi_modal_projector|visual)\."
 _WRAPPED = (
     (r"^language_model\.lm_head\.", "lm_head."),
@@ -28,7 +25,8 @@ _RENAMINGS = (
     ((r"^language_model\.", ""),),  # the text part of a multimodal model
     ((r"^model\.language_model\.", "model."),),
     _WRAPPED,  # a multimodal model as the hub has it
-    (*_WRAPPED, (r"^model\.vision_tower\.vision_model\.", "model.vision_tower.")),  # of which transformers drops a level
+    # of which newer versions of transformers drop a level
+    (*_WRAPPED, (r"^model\.vision_tower\.vision_model\.", "model.vision_tower.")),
 )
 
 
@@ -57,13 +55,13 @@ def other_parts(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def model_names(stored: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
-    """The model's name for every tensor of its files; buffers that newer versions compute are left out.
+    """The model's name for every tensor of its files.
 
     Args:
         stored: names in the files.
         model: may be empty.
     """
-    stored, expected = [name for name in stored if not _STALE.search(name)], set(model.state_dict())
+    stored, expected = list(stored), set(model.state_dict())
     candidates = []
     for rules in _RENAMINGS:
         names = dict(zip(stored, stored, strict=True))

@@ -172,7 +172,7 @@ def test_large_blocks_compute_activations_twice_to_the_same_bytes(model, text, t
     again = []
     with monkeypatch.context() as patch:
         patch.setattr(student_module, "RECOMPUTE_FROM", 1)
-        patch.setattr(Student, "clamp_codes", lambda student: again.append(student.model.is_gradient_checkpointing))
+        patch.setattr(Student, "clamp_codes", lambda student: again.append(student.decoder.is_gradient_checkpointing))
         recomputed = run(model, tmp_path / "recomputed", text, distill=3)
     assert again == [True] * 3
     assert (kept / "model.safetensors").read_bytes() == (recomputed / "model.safetensors").read_bytes()
