@@ -6,27 +6,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from bq_kernels import checksums
 from bq_kernels.format import QuantConfig
 
 from .errors import explain_write
-from .files import write_json, write_tensors
+from .files import carried_files, write_json, write_tensors
 from .model import SourceModel
 from .store import TensorStore
 
 SHARD_BYTES = 2 * 10**9
-_COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab*",
-    "merges.txt",
-    "*.jinja",
-    "*.model",
-)
+# Stands in config.json under transformers_weights, where transformers expects the name of a weights file and refuses
+# this one with an error that repeats it. Without it a transformers that does not know the format would warn, and fill
+# the layers with random weights. `bq_calibration.hf` takes it out.
+GUARD = "packed weights need `import bq_calibration.hf` (of bq-vllm) before from_pretrained"
 
 
 def export(source: SourceModel, blocks: Path, config: QuantConfig, folder: Path) -> None:
-    """Write config.json, weights and tokenizer files of a checkpoint.
+    """Write config.json, weights, and the files that come along (tokenizer, licence, …) of a checkpoint.
 
     Args:
         source: the 16-bit model.
@@ -40,9 +36,9 @@ def export(source: SourceModel, blocks: Path, config: QuantConfig, folder: Path)
     with explain_write(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for pattern in _COPIED:
-            for file in source.folder.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+        for name in carried_files(source.folder):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.folder / name, folder / name)
     packed = TensorStore(blocks)
     replaced = {
         f"{source.block_prefix(index)}{name}.weight"
@@ -54,6 +50,16 @@ def export(source: SourceModel, blocks: Path, config: QuantConfig, folder: Path)
     store_of |= dict.fromkeys(packed.names(), packed)
     _write_shards(store_of, source, folder)
     write_json(folder / "config.json", _exported_config(source, config))
+
+
+def write_checksums(folder: Path) -> None:
+    """Write `SHA256SUMS` of a checkpoint, once all its other files are there.
+
+    Raises:
+        WriteError: if it cannot be written.
+    """
+    with explain_write(folder / checksums.SUMS):
+        checksums.write_sums(folder)
 
 
 def _write_shards(store_of: dict[str, TensorStore], source: SourceModel, folder: Path) -> None:
@@ -72,7 +78,7 @@ def _write_shards(store_of: dict[str, TensorStore], source: SourceModel, folder:
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: store_of[name].get(name) for name in names}
         kept = {name: tensor.to(source.kept_dtype(name)) for name, tensor in tensors.items() if name in source.store}
-        write_tensors(folder / file, tensors | kept)
+        write_tensors(folder / file, tensors | kept, record_sums=True)
         total += sum(tensor.nbytes for tensor in (tensors | kept).values())
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -81,7 +87,7 @@ def _write_shards(store_of: dict[str, TensorStore], source: SourceModel, folder:
 
 
 def _exported_config(source: SourceModel, config: QuantConfig) -> dict[str, Any]:
-    exported = source.config_dict | {"quantization_config": config.to_dict()}
+    exported = source.config_dict | {"quantization_config": config.to_dict(), "transformers_weights": GUARD}
     if source.kept_dtype(source.first_linear) != source.stored_dtype:  # float32 has become bfloat16
         exported |= dict.fromkeys({"dtype", "torch_dtype"} & set(exported) or {"dtype"}, "bfloat16")
     if "_name_or_path" in exported:  # may be a folder of the machine that saved the model

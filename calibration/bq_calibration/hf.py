@@ -2,7 +2,7 @@
 
 A multimodal one is loaded with `AutoModelForImageTextToText`, as its original is.
 
-Without the import transformers would fill the packed layers with random weights and only print a warning.
+Without the import transformers refuses the checkpoint: the entry `transformers_weights` of its config.json sees to it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bq_kernels import ops
-from bq_kernels.format import QUANT_METHOD, QuantConfig
+from bq_kernels import checksums, ops
+from bq_kernels.format import QUANT_METHOD, FormatError, QuantConfig
 from bq_kernels.reference import angles_of, apply_rotation, dense_weight, givens_tables, packed_linear
 from bq_kernels.tiles import tile
 from torch import nn
@@ -21,6 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import quantized_layers, verify
+from .errors import UserError
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -61,6 +62,16 @@ class ButterflyLinear(nn.Module):
             self._tiled = tile(self.qweight, self.scales, self.zeros, self.in_features)
         self._prepared_for = device
 
+    def _apply(self, fn, recurse=True):
+        """Move the format's tensors, but never round them: `model.to(torch.bfloat16)` casts only the bias."""
+        exact = {id(tensor) for tensor in (self.qweight, self.scales, self.zeros, self.angles) if tensor is not None}
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            new = fn(tensor)
+            return new if id(tensor) not in exact or new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(apply, recurse)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = W′ Q x + bias; x [..., in_features] to [..., out_features], same dtype."""
         if self._prepared_for != x.device:
@@ -100,9 +111,20 @@ class ButterflyHfQuantizer(HfQuantizer):
 
     requires_calibration = True
 
+    def update_tp_plan(self, config):
+        """Take out the entry that stops a transformers without this module; files are looked up after this hook."""
+        if getattr(config, "transformers_weights", None) is not None:
+            del config.transformers_weights
+        return config
+
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if checkpoint_files:
-            verify(Path(checkpoint_files[0]).parent)
+            folder = Path(checkpoint_files[0]).parent
+            try:
+                checksums.compare_for_loading(folder)
+            except FormatError as error:
+                raise UserError(str(error)) from error
+            verify(folder)
         config: QuantConfig = self.quantization_config.parsed
         for name, (linear, _) in quantized_layers(model, model.config.model_type, config).items():
             model.set_submodule(name, ButterflyLinear(config, name, linear))

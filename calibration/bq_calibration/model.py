@@ -19,11 +19,10 @@ from .block import Block
 from .compute import compute_dtypes
 from .errors import UserError, explain
 from .skeleton import decoder_name, empty_model, model_names, other_parts
-from .store import TensorStore
+from .store import FLOATS, TensorStore
 
 logger = logging.getLogger(__name__)
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # tensors that older versions of transformers stored beside the weights and newer ones compute
 _STALE = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.rotary_pos_emb\.inv_freq|\.position_ids)$")
 
@@ -149,7 +148,7 @@ class SourceModel:
                     f"{self.folder}: tensor {name}: expected {list(shape)} by config.json, "
                     f"found {list(self.store.shape(name))}"
                 )
-            if self.store.dtype(name) not in _FLOATS:
+            if self.store.dtype(name) not in FLOATS:
                 raise UserError(f"{self.folder}: tensor {name} holds {self.store.dtype(name)}; give the 16-bit model")
         own = f"{self.decoder_name}.", "lm_head."
         self.store.rename({name: known if known.startswith(own) else name for name, known in names.items()})

@@ -20,7 +20,7 @@ from .block import Block
 from .data import gather_tokens
 from .distill import train_end_to_end
 from .errors import UserError
-from .export import export
+from .export import export, write_checksums
 from .logs import log_to
 from .model import SourceModel
 from .model_card import write_model_card
@@ -140,6 +140,7 @@ class Calibration:
             from .plots import write_plots  # matplotlib takes a second to load
 
             write_plots(final / "report", report)
+        write_checksums(final)
         work.publish(final)
         return report
 

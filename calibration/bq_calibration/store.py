@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import UserError
 
 INDEX = "model.safetensors.index.json"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of weights that are not quantized
 # weights in another layout, or of another model, that lie beside a model's own
 _BESIDE = ("consolidated*", "adapter_model*", "training_args*", "optimizer*")
 _DTYPES = {

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from bq_kernels.format import QuantConfig, largest_code
+from bq_kernels.format import LARGEST_SCALE, SMALLEST_SCALE, QuantConfig, largest_code
 from bq_kernels.packing import pack, unpack
 from bq_kernels.reference import angles_of, levels, zero_point
 from torch import nn
