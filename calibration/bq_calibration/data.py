@@ -12,6 +12,7 @@ from rich.progress import Progress
 from .errors import UserError, explain
 from .model import SourceModel
 from .recipes import Recipe
+from .self_text import sample_text
 from .skeleton import auto_class
 
 _LOCAL = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}
@@ -43,7 +44,7 @@ def gather_tokens(source: SourceModel, recipe: Recipe, progress: Progress) -> to
         return tokens
     kind = auto_class(source.config.model_type)
     model = kind.from_pretrained(source.folder, dtype=source.dtype).to(source.device).eval()
-    return sampled_tokens(model, tokenizer, recipe.windows, recipe.seqlen, recipe.seed, progress)
+    return sample_text(model, tokenizer, recipe.windows, recipe.seqlen, recipe.seed, progress)
 
 
 def check_length(config, length: int, flag: str) -> None:
@@ -172,44 +173,3 @@ def _packed_windows(tokenizer, documents: list[str], samples: int, seqlen: int) 
         if len(stream) >= samples * step:
             break
     return [prefix + stream[start : start + step] for start in range(0, len(stream) - step + 1, step)]
-
-
-@torch.no_grad()
-def sampled_tokens(model, tokenizer, samples: int, seqlen: int, seed: int, progress: Progress) -> torch.Tensor:
-    """Text that the model itself writes, from its BOS token at temperature 1: calibration without data.
-
-    Args:
-        model: a transformers causal LM, loaded whole.
-
-    Returns:
-        int64 [samples, seqlen].
-
-    Raises:
-        UserError: if the tokenizer has no token to start from.
-    """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise UserError("--dataset self: the tokenizer has neither BOS nor EOS to start from; give a text file")
-    torch.manual_seed(seed)
-    batch = min(samples, 32)
-    task = progress.add_task("sampling text from the model", total=samples)
-    rows = []
-    for first in range(0, samples, batch):
-        count = min(batch, samples - first)
-        prompt = torch.full((count, 1), start, device=model.device)
-        rows.append(
-            model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=seqlen - 1,
-                max_new_tokens=seqlen - 1,
-                pad_token_id=start,
-            ).cpu()
-        )
-        progress.advance(task, count)
-    progress.remove_task(task)
-    return torch.cat(rows)
