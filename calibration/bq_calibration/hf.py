@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import quantized_layers, verify
 from .errors import UserError
+from .skeleton import other_parts
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -130,6 +131,13 @@ class ButterflyHfQuantizer(HfQuantizer):
             model.set_submodule(name, ButterflyLinear(config, name, linear))
         # float16 values of the format stay exact in a bfloat16 model
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "scales", "zeros", "angles"}
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        # with a quantizer transformers leaves tensors that files call otherwise than the model in their stored dtype
+        for part in other_parts(model):
+            for parameter in model.base_model.get_submodule(part).parameters():
+                parameter.data = parameter.data.to(model.get_input_embeddings().weight.dtype)
+        return model
 
     def _dequantize(self, model, dtype=None):
         for name, module in list(model.named_modules()):
