@@ -18,12 +18,40 @@ REQUESTS = (
     "Give me some practical advice on {}.",
     "Describe {} to somebody who has never seen it.",
 )
-TOPICS = (
-    "the sea; bread; a long journey by train; how plants grow; music; a village in winter; computers; saving money; "
-    "the invention of the wheel; healthy food; the moon; learning a language; birds; rivers; an old friend; "
-    "good manners; the human heart; bridges; a lost key; the weather; mathematics; gardens; photography; "
-    "the city of Paris; tea; fire; a clever fox; sleep; maps; electricity; clothes; chess"
-).split("; ")
+TOPICS = [
+    "the sea",
+    "bread",
+    "a long journey by train",
+    "how plants grow",
+    "music",
+    "a village in winter",
+    "computers",
+    "saving money",
+    "the invention of the wheel",
+    "healthy food",
+    "the moon",
+    "learning a language",
+    "birds",
+    "rivers",
+    "an old friend",
+    "good manners",
+    "the human heart",
+    "bridges",
+    "a lost key",
+    "the weather",
+    "mathematics",
+    "gardens",
+    "photography",
+    "the city of Paris",
+    "tea",
+    "fire",
+    "a clever fox",
+    "sleep",
+    "maps",
+    "electricity",
+    "clothes",
+    "chess",
+]
 
 
 @torch.no_grad()
