@@ -28,7 +28,11 @@ def check_shards(directory: Path) -> None:
         FormatError: naming the file, and the tensor where that can be told.
     """
     for index in directory.glob("*.safetensors.index.json"):
-        for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise FormatError(f"{index}: not a valid index; download it again") from None
+        for name in names:
             if not (directory / name).is_file():
                 raise FormatError(f"{directory / name}: missing, though {index.name} lists it")
     for path in sorted(directory.glob("*.safetensors")):

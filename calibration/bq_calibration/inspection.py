@@ -74,7 +74,7 @@ def print_description(description: dict[str, Any], console: Console) -> None:
     """
     try:
         tables = [_summary(description)]
-        if report := description["report"]:
+        if (report := description["report"]) is not None:
             tables += [_gains(report), _input_table(report), _error_table(report)]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         file = Path(description["checkpoint"]) / REPORT
@@ -104,7 +104,7 @@ def _summary(description: dict[str, Any]) -> Table:
     rows["not quantized"] = ", ".join(f"{count} tensors in {dtype}" for dtype, count in kept)
     rows["checksums"] = _checksums(description["checksums"])
     rows["size of all tensors"] = f"{description['total_bytes'] / 1e6:.1f} MB"
-    if report:
+    if report is not None:
         run, dtypes = report["run"], report["run"].get("compute_dtype", {})
         rows["16-bit model"] = f"{report['source_model']}, {report['totals']['source_bytes'] / 1e6:.1f} MB"
         rows["calibrated on"] = f"{report['calibration_tokens']:,} tokens of {report['recipe']['dataset']}"

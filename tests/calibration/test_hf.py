@@ -29,6 +29,40 @@ def test_float16_tensors_stay_exact_in_a_bfloat16_model(checkpoint):
     assert loaded.model.norm.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("cast", [lambda model: model.to(torch.bfloat16), lambda model: model.bfloat16().float()])
+def test_casting_a_model_does_not_round_the_format(checkpoint, monkeypatch, cast, kernels):
+    monkeypatch.setattr(bq_calibration.hf, "runs_kernels", lambda device: kernels)
+    ids = torch.randint(3, 30, (2, 9))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model(input_ids=ids)  # layers prepare themselves at their first call
+    cast(model)
+    dtype = model.model.norm.weight.dtype
+    stored = load_file(checkpoint / "model.safetensors")
+    for name, module in model.named_modules():
+        if isinstance(module, bq_calibration.hf.ButterflyLinear):
+            for suffix in ("qweight", "scales", "angles"):
+                expected = stored[f"{name}.{suffix}"]
+                assert torch.equal(getattr(module, suffix).to(expected.dtype), expected)
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+def test_a_cast_layer_keeps_its_bias_in_the_models_dtype(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    layer = model.model.layers[0].self_attn.o_proj
+    layer.bias = torch.nn.Parameter(torch.full((layer.out_features,), 1 / 3))
+    x = torch.randn(1, layer.in_features)
+    with torch.no_grad():
+        before = layer(x)
+    layer.to(torch.bfloat16)
+    assert layer.bias.dtype == torch.bfloat16 and layer.qweight.dtype == torch.int32
+    layer.to("cpu", torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), before, rtol=1e-2, atol=1e-2)
+
+
 def test_generation(checkpoint):
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     ids = torch.tensor([[5, 6, 7]])
