@@ -29,12 +29,12 @@ def check_shards(directory: Path) -> None:
     """
     for index in directory.glob("*.safetensors.index.json"):
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            shards = sorted({directory / name for name in json.loads(index.read_bytes())["weight_map"].values()})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise FormatError(f"{index}: not a valid index; download it again") from None
-        for name in names:
-            if not (directory / name).is_file():
-                raise FormatError(f"{directory / name}: missing, though {index.name} lists it")
+        for shard in shards:
+            if not shard.is_file():
+                raise FormatError(f"{shard}: missing, though {index.name} lists it")
     for path in sorted(directory.glob("*.safetensors")):
         read_header(path)
     compare_for_loading(directory)
