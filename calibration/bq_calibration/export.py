@@ -16,8 +16,8 @@ from .store import TensorStore
 
 SHARD_BYTES = 2 * 10**9
 # Stands in config.json under transformers_weights, where transformers expects the name of a weights file and refuses
-# this one with an error that repeats it. Without it a transformers that does not know the format would warn, and fill
-# the layers with random weights. `bq_calibration.hf` takes it out.
+# this one with an error that repeats it: else it would warn of an unknown format, and make the packed layers up.
+# `bq_calibration.hf` takes it out.
 GUARD = "packed weights need `import bq_calibration.hf` (of bq-vllm) before from_pretrained"
 
 

@@ -31,7 +31,7 @@ With vLLM and the bq-vllm plugin installed:
     vllm serve FOLDER --quantization butterfly
 
 With transformers: `import bq_calibration.hf` first, then `{auto_class}.from_pretrained("FOLDER")`; without the
-import the packed layers would be random.
+import transformers refuses to load it.
 
 ## Measured while calibrating
 
