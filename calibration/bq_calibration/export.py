@@ -88,6 +88,8 @@ def _write_shards(store_of: dict[str, TensorStore], source: SourceModel, folder:
 
 def _exported_config(source: SourceModel, config: QuantConfig) -> dict[str, Any]:
     exported = source.config_dict | {"quantization_config": config.to_dict(), "transformers_weights": GUARD}
+    if isinstance(text := exported.get("text_config"), dict):  # classes of the text part alone read only this
+        exported["text_config"] = text | {"transformers_weights": GUARD}
     if source.kept_dtype(source.first_linear) != source.stored_dtype:  # float32 has become bfloat16
         exported |= dict.fromkeys({"dtype", "torch_dtype"} & set(exported) or {"dtype"}, "bfloat16")
     if "_name_or_path" in exported:  # may be a folder of the machine that saved the model

@@ -114,8 +114,9 @@ class ButterflyHfQuantizer(HfQuantizer):
 
     def update_tp_plan(self, config):
         """Take out the entry that stops a transformers without this module; files are looked up after this hook."""
-        if getattr(config, "transformers_weights", None) is not None:
-            del config.transformers_weights
+        for part in (config, config.get_text_config()):
+            if getattr(part, "transformers_weights", None) is not None:
+                del part.transformers_weights
         return config
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):

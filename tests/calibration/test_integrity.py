@@ -19,8 +19,9 @@ from bq_calibration.files import carried_files, write_tensors
 from bq_calibration.inspection import print_description
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3ForCausalLM
 
+from .conftest import make_model
 from .test_calibrate import run
 
 CARRIED = {
@@ -330,6 +331,12 @@ def in_a_fresh_process(code: str) -> subprocess.CompletedProcess:
     return subprocess.run(call, capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.fixture(scope="module")
+def multimodal(tmp_path_factory, text) -> Path:
+    folder = tmp_path_factory.mktemp("multimodal")
+    return run(make_model(folder / "gemma3", "gemma3"), folder / "checkpoint", text)
+
+
 LOAD = "from transformers import AutoModelForCausalLM as A; A.from_pretrained({!r}{})"
 
 
@@ -339,6 +346,22 @@ def test_transformers_without_the_import_refuses(checkpoint, arguments):
     result = in_a_fresh_process(LOAD.format(str(checkpoint), arguments))
     assert result.returncode == 1
     assert "need `import bq_calibration.hf` (of bq-vllm) before from_pretrained" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("loader", ["AutoModelForImageTextToText", "AutoModelForCausalLM", "Gemma3ForCausalLM"])
+def test_a_multimodal_model_without_the_import_is_refused(multimodal, loader):
+    result = in_a_fresh_process(f"from transformers import {loader} as A; A.from_pretrained({str(multimodal)!r})")
+    assert result.returncode == 1
+    assert "need `import bq_calibration.hf` (of bq-vllm) before from_pretrained" in result.stderr.splitlines()[-1]
+
+
+def test_a_multimodal_model_with_the_import(multimodal, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(multimodal)
+    model.dequantize().save_pretrained(tmp_path / "dense")
+    assert "transformers_weights" not in (tmp_path / "dense" / "config.json").read_text()
+    # the text part alone knows nothing of the quantization: an error, not random weights
+    with pytest.raises(ValueError, match="packed weights need"):
+        Gemma3ForCausalLM.from_pretrained(multimodal)
 
 
 def test_a_pipeline_with_the_import(checkpoint):
