@@ -1,5 +1,6 @@
 """Tiny models of every supported architecture, with a tokenizer and text, all made here."""
 
+import json
 import random
 from pathlib import Path
 
@@ -62,14 +63,45 @@ MULTIMODAL_CONFIGS = {
         tie_word_embeddings=False,
     ),
 }
-MEDIA_TOKENS = {
-    "gemma3": {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
-    "qwen2_5_vl": dict(
-        a="<|vision_start|>", b="<|vision_end|>", image_token="<|image_pad|>", video_token="<|video_pad|>"
-    ),
-    "mistral3": {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
+QWEN_MEDIA = dict(start="<|vision_start|>", end="<|vision_end|>", image_token="<|image_pad|>", video="<|video_pad|>")
+MEDIA_TOKENS = {  # from 259 on
+    "gemma3": dict(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
+    | {f"newline_{n}": "\n" * n for n in (1, 2, 3, 4)},  # its processor puts some around a picture
+    "qwen2_5_vl": QWEN_MEDIA,
+    "qwen3_vl": QWEN_MEDIA,
+    "mistral3": dict(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]"),
 }
-MEDIA_TOKENS["qwen3_vl"] = MEDIA_TOKENS["qwen2_5_vl"]
+QWEN_PROCESSOR = dict(patch_size=8, merge_size=2, temporal_patch_size=2)
+PROCESSORS = {  # files of a multimodal model, beside those of its tokenizer
+    "gemma3": {
+        "preprocessor_config": dict(
+            image_processor_type="Gemma3ImageProcessor",
+            size=dict(height=32, width=32),
+            processor_class="Gemma3Processor",
+        ),
+        "processor_config": dict(processor_class="Gemma3Processor", image_seq_length=4),
+    },
+    "qwen2_5_vl": {
+        "preprocessor_config": QWEN_PROCESSOR
+        | dict(image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor")
+        | dict(min_pixels=256, max_pixels=1024),
+    },
+    "qwen3_vl": {
+        "preprocessor_config": QWEN_PROCESSOR
+        | dict(image_processor_type="Qwen2VLImageProcessorFast", processor_class="Qwen3VLProcessor")
+        | dict(size=dict(shortest_edge=256, longest_edge=1024)),
+        "video_preprocessor_config": QWEN_PROCESSOR
+        | dict(video_processor_type="Qwen3VLVideoProcessor", processor_class="Qwen3VLProcessor")
+        | dict(size=dict(shortest_edge=256, longest_edge=4096)),
+    },
+    "mistral3": {
+        "preprocessor_config": dict(
+            image_processor_type="PixtralImageProcessor", patch_size=8, size=dict(longest_edge=32)
+        ),
+        "processor_config": dict(processor_class="PixtralProcessor", patch_size=8, spatial_merge_size=2)
+        | MEDIA_TOKENS["mistral3"],
+    },
+}
 WORDS = [f"w{n}" for n in range(100)]
 
 
@@ -107,6 +139,8 @@ def make_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = t
         extra_special_tokens=MEDIA_TOKENS.get(architecture, {}),
     )
     fast.save_pretrained(folder)
+    for name, settings in PROCESSORS.get(architecture, {}).items():
+        (folder / f"{name}.json").write_text(json.dumps(settings))
     return folder
 
 

@@ -1,7 +1,9 @@
 """Multimodal models: the text decoder is quantized, the rest stays; the checkpoint loads as the original class."""
 
+import ast
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import bq_calibration.hf  # noqa: F401 teaches transformers the format
@@ -17,6 +19,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from ..vllm.test_engine import assert_same, run_engines
 from .conftest import MULTIMODAL_CONFIGS, make_model
 from .test_calibrate import run
 
@@ -37,6 +40,7 @@ def hub_model(folder: Path, architecture: str) -> Path:
     tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     if architecture == "gemma3":
         tensors = {name.replace("vision_tower.", "vision_tower.vision_model."): t for name, t in tensors.items()}
+        tensors["language_model.model.embed_tokens.weight"] *= 0.1  # tied: else it predicts what it has just seen
     if architecture == "mistral3":
         del config["tie_word_embeddings"]  # by default they are tied, but there is a head of its own
         assert "language_model.lm_head.weight" in tensors
@@ -89,10 +93,15 @@ def picture(architecture: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "pixel_values": patches} | grid
 
 
+def class_name(folder: Path) -> str:
+    """Of the original model."""
+    return json.loads((folder / "config.json").read_text())["architectures"][0]
+
+
 def logits(folder: Path, dequantized: bool = False, **inputs: torch.Tensor) -> torch.Tensor:
     """Of the model in a folder, loaded by transformers as its original class and with nothing left over."""
     model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert type(model).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
+    assert type(model).__name__ == class_name(folder)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     with torch.no_grad():
         return (model.dequantize() if dequantized else model).eval()(**inputs).logits
@@ -173,3 +182,62 @@ def test_a_checkpoint_that_is_not_whole_is_refused(checkpoint, tmp_path):
     save_file(tensors | {f"{name}.other": tensors[name].clone()}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"other does not belong to this model"):
         verify(tmp_path)
+
+
+# ---- in vLLM
+
+PLACEHOLDERS = {"gemma3": "<start_of_image>", "mistral3": "[IMG]"}
+
+
+def mapper_of(architecture: str, name: str):
+    """vLLM's mapper from tensors of a class to its own, read from the source: importing that needs torchvision."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    models = Path(find_spec("vllm").origin).parent / "model_executor" / "models"
+    file = models / ("gemma3_mm.py" if architecture == "gemma3" else f"{architecture}.py")
+    [model] = [n for n in ast.parse(file.read_text()).body if isinstance(n, ast.ClassDef) and n.name == name]
+    [call] = [
+        node.value for node in model.body if isinstance(node, ast.Assign) and node.targets[0].id == "hf_to_vllm_mapper"
+    ]
+    return WeightsMapper(**{k.arg: ast.literal_eval(k.value) for k in call.keywords})
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_names_in_vllm(architecture, checkpoint):
+    """What vLLM calls the modules of the checkpoint: packed ones are found with their bits, the others are skipped."""
+    from bq_vllm.config import ButterflyConfig
+
+    mapper = mapper_of(architecture, class_name(checkpoint))
+    seen = ButterflyConfig(read_config(checkpoint)[1])
+    seen.apply_vllm_mapper(mapper)
+    stored, before = TensorStore(checkpoint), read_config(checkpoint)[1]
+    for name in stored.names():
+        module, _, leaf = name.rpartition(".")
+        mapped = mapper.map_name(name).removesuffix("." + leaf)
+        part = mapped.split(".")[0]
+        assert part in ("language_model", *PARTS[architecture]), name
+        if leaf == "qweight":
+            assert mapped.startswith("language_model.model.layers.")
+            assert not seen.quant.skips(mapped) and seen.quant.bits_of(mapped) == before.bits_of(module)
+        else:
+            assert part == "language_model" or seen.quant.skips(mapped), name
+    assert seen.quant.skips("language_model.lm_head")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision, which vLLM's multimodal models import")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs vLLM's CPU build")
+def test_vllm_answers_text_and_pictures(architecture, checkpoint, dense, tmp_path):
+    """As the class of the original, with the tokens of the model that was decoded independently."""
+    placeholder = PLACEHOLDERS.get(architecture, "<|vision_start|><|image_pad|><|vision_end|>")
+    prompts = [[5, 9, 100, 33], [7, 8, 9] * 5, *({"text": f"ab{placeholder}cd", "picture": n} for n in (0, 1))]
+    options = {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"image": 1, "video": 0}}
+    options["max_num_batched_tokens"] = 512
+    jobs = [{"model": str(folder), "prompts": prompts, "options": options} for folder in (checkpoint, dense)]
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
+    (found, expected), printed = run_engines(tmp_path, jobs, **variables)
+    assert_same(found["base"], expected["base"], atol=1e-3)
+    assert "Resolved architecture: " + class_name(checkpoint) in printed
+    one, other = found["base"][2:]
+    assert one["logprobs"] != pytest.approx(other["logprobs"], abs=1e-2), "the picture is not seen"
