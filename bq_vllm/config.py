@@ -8,33 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bq_kernels.checksums import compare_for_loading, read_header
 from bq_kernels.format import QUANT_METHOD, FormatError, QuantConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 
 def check_shards(directory: Path) -> None:
-    """Refuse a local checkpoint with a damaged or missing safetensors file; vLLM's own error names no file.
+    """Refuse a local checkpoint with a damaged or missing file; vLLM's own error names none, or there is no error.
 
     Raises:
-        FormatError: naming the file.
+        FormatError: naming the file, and the tensor where that can be told.
     """
     for index in directory.glob("*.safetensors.index.json"):
-        for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-            if not (directory / name).is_file():
-                raise FormatError(f"{directory / name}: missing, though {index.name} lists it")
+        try:
+            shards = sorted({directory / name for name in json.loads(index.read_bytes())["weight_map"].values()})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise FormatError(f"{index}: not a valid index; download it again") from None
+        for shard in shards:
+            if not shard.is_file():
+                raise FormatError(f"{shard}: missing, though {index.name} lists it")
     for path in sorted(directory.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            data = 8 + int.from_bytes(file.read(8), "little")
-            try:
-                if data > size:
-                    raise ValueError("the header goes beyond the end")
-                tensors = [entry for name, entry in json.loads(file.read(data - 8)).items() if name != "__metadata__"]
-                expected = data + max((entry["data_offsets"][1] for entry in tensors), default=0)
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise FormatError(f"{path}: not a whole safetensors file; download it again") from None
-        if size != expected:
-            raise FormatError(f"{path}: damaged, {size} bytes of {expected}; download it again")
+        read_header(path)
+    compare_for_loading(directory)
 
 
 class ButterflyConfig(QuantizationConfig):

@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 from bq_calibration.compute import native_dtype
-from bq_calibration.data import load_documents, tokenize
+from bq_calibration.data import cut_windows, load_documents
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,8 +44,9 @@ def served_perplexity(model: str, dataset: str, context: int, windows: int) -> f
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
 
-    tokens = tokenize(AutoTokenizer.from_pretrained(model), "\n\n".join(load_documents(dataset, "test")))
-    prompts = [{"prompt_token_ids": tokens[i * context : (i + 1) * context]} for i in range(windows)]
+    text = "\n\n".join(load_documents(dataset, "test"))
+    rows = cut_windows(AutoTokenizer.from_pretrained(model), text, context)[:windows]
+    prompts = [{"prompt_token_ids": row} for row in rows]
     llm = LLM(
         model=model,
         dtype=serving_dtype(model),

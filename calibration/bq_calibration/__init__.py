@@ -25,6 +25,7 @@ def calibrate(
     device: str = "auto",
     compute_dtype: str = "auto",
     resume: bool = False,
+    dry_run: bool = False,
     plots: bool = True,
     progress: bool = False,
     **settings: Any,
@@ -46,12 +47,13 @@ def calibrate(
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         compute_dtype: `auto`, `float32`, `bfloat16` or `float16`.
         resume: go on where an interrupted run stopped.
+        dry_run: only check everything, and return the cost of the run.
         plots: draw pictures of the report into the checkpoint.
         progress: show progress bars on stderr.
         **settings: fields of `recipes.Recipe` that replace the recipe's.
 
     Returns:
-        the report, as in `bq_report.json`.
+        the report, as in `bq_report.json`; of a dry run the plan, see `preflight.Plan`.
 
     Raises:
         UserError: when the model, a setting or the output folder will not do; the message says what to do.
@@ -64,7 +66,7 @@ def calibrate(
 
     run = Calibration(model, out, chosen, check_device(device), resume, plots, compute_dtype)
     with make_progress(progress) as bars:
-        return run.run(bars)
+        return run.dry_run(bars) if dry_run else run.run(bars)
 
 
 def evaluate(
@@ -110,6 +112,9 @@ def evaluate(
 
     if not perplexity and not tasks:
         raise UserError("nothing to do: give --perplexity and/or --tasks")
+    for name, value, least in (("--context", context, 2), ("--windows", windows, 1), ("--limit", limit, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{name} {value}: expected at least {least}")
     from .compute import dtype_name
     from .evaluation import Evaluator
 

@@ -45,16 +45,23 @@ ARCHITECTURES: dict[str, tuple[InputGroup, ...]] = {
     "qwen3": _SEPARATE,
     "gemma3_text": _SEPARATE,
     "phi3": _FUSED,
+    # multimodal: groups of the text decoder's blocks
+    "gemma3": _SEPARATE,
+    "mistral3": _SEPARATE,
+    "qwen2_5_vl": _SEPARATE,
+    "qwen3_vl": _SEPARATE,
 }
+# those of them that take pictures: the text decoder is quantized, vision tower and projector stay as they are
+MULTIMODAL = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl")
 
 
-def input_groups(model_type: str) -> tuple[InputGroup, ...]:
+def input_groups(model_type: object) -> tuple[InputGroup, ...]:
     """Input groups of a decoder block of this architecture.
 
     Raises:
         UserError: if the architecture is not in the table.
     """
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UserError(
             f"architecture {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}. "
             "A LLaMA-like model needs one line in bq_calibration/architecture.py."

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from bq_kernels.format import FormatError, QuantConfig, TensorSpec
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, PreTrainedModel
 
 from .architecture import InputGroup, input_groups
+from .compute import dtype_name
 from .errors import UserError
-from .model import TensorStore
+from .skeleton import decoder_name, empty_model, model_names
+from .store import FLOATS, TensorStore
+
+REPORT = "bq_report.json"
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], QuantConfig]:
@@ -39,13 +43,15 @@ def read_config(folder: Path) -> tuple[dict[str, Any], QuantConfig]:
         raise UserError(f"{file}: {error}") from error
 
 
-def quantized_layers(model: nn.Module, model_type: str, config: QuantConfig) -> dict[str, tuple[nn.Linear, InputGroup]]:
+def quantized_layers(
+    model: PreTrainedModel, model_type: str, config: QuantConfig
+) -> dict[str, tuple[nn.Linear, InputGroup]]:
     """The linear layers of a (possibly empty) model that are stored packed, by full name, with their input group."""
-    layers = {}
+    layers, decoder = {}, decoder_name(model)
     for group in input_groups(model_type):
-        for index in range(len(model.model.layers)):
+        for index in range(len(model.get_submodule(decoder).layers)):
             for name in group.layers:
-                full = f"model.layers.{index}.{name}"
+                full = f"{decoder}.layers.{index}.{name}"
                 if not config.skips(full):
                     layers[full] = (model.get_submodule(full), group)
     return layers
@@ -53,11 +59,15 @@ def quantized_layers(model: nn.Module, model_type: str, config: QuantConfig) -> 
 
 @dataclass
 class Verified:
-    """A checkpoint that passed: its config, and for every packed layer its (N, K) and stored bits by suffix."""
+    """A checkpoint that passed: its config, and for every packed layer its (N, K) and stored bits by suffix.
+
+    `unquantized_dtypes` counts the other tensors by dtype.
+    """
 
     config: QuantConfig
     layers: dict[str, tuple[int, int]]
     stored_bits: dict[str, int]
+    unquantized_dtypes: dict[str, int]
     total_bytes: int
 
     def bits_per_weight(self) -> float:
@@ -65,8 +75,13 @@ class Verified:
         return sum(self.stored_bits.values()) / sum(n * k for n, k in self.layers.values())
 
 
-def verify(folder: Path) -> Verified:
-    """Check a checkpoint against the format: every tensor's name, shape, dtype, finiteness, and shared angles.
+def verify(folder: Path, dtypes: set[str] | None = None) -> Verified:
+    """Check a checkpoint against the format: settings, every tensor's name, shape, dtype and values, shared angles.
+
+    Args:
+        folder: the checkpoint.
+        dtypes: that floats which are not quantized may have; by default those that the run's report says, else that of
+            config.json. An exporter may keep norms in another dtype than the embedding.
 
     Raises:
         UserError: naming the file or tensor, the value found and the value expected.
@@ -78,47 +93,113 @@ def verify(folder: Path) -> Verified:
     except Exception as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     del parsed.quantization_config
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(parsed)
-    tied = set(model.all_tied_weights_keys) if parsed.tie_word_embeddings else set()
+    model = empty_model(parsed)
+    own = f"{decoder_name(model)}.", "lm_head."  # other parts are called as the original's files call them
+    names = model_names(store.names(), model)
+    store.rename({name: name if name.startswith(own) else known for name, known in names.items()})
+    tied = set(model.all_tied_weights_keys)
     layers = quantized_layers(model, data.get("model_type", ""), config)
     try:
-        _check_tensors(store, _expected(model, layers, config), tied)
+        _check_settings(config, layers, {*dict(model.named_modules()), *store.names()})
+        dtypes = dtypes or _stated_dtypes(folder, data)
+        kept = _check_tensors(store, _expected(model, layers, config), tied, dtypes)
         bits = _stored_bits(store, layers, config)
     except FormatError as error:
         raise UserError(f"{folder}: {error}") from error
     shapes = {name: (layer.out_features, layer.in_features) for name, (layer, _) in layers.items()}
-    return Verified(config, shapes, bits, sum(store.nbytes(name) for name in store.names()))
+    return Verified(config, shapes, bits, kept, sum(store.nbytes(name) for name in store.names()))
 
 
 Layers = dict[str, tuple[nn.Linear, InputGroup]]
 
 
-def _expected(model: nn.Module, layers: Layers, config: QuantConfig) -> dict[str, TensorSpec | tuple[int, ...]]:
-    """Tensors of the checkpoint by name; of those that are not quantized only the shape is known."""
-    expected: dict[str, TensorSpec | tuple[int, ...]] = {}
+def _stated_dtypes(folder: Path, config: dict[str, Any]) -> set[str]:
+    """Dtypes that unquantized floats may have, as the run's report says, else as config.json does; empty if unsaid."""
+    report = read_report(folder)
+    if report and isinstance(stated := report.get("unquantized_dtypes"), dict):
+        return set(stated)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    stated = {part.get("dtype", part.get("torch_dtype")) for part in parts}
+    return {dtype.removeprefix("torch.") for dtype in stated if isinstance(dtype, str) and dtype != "auto"}
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report of the run that wrote a checkpoint; None where there is none.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    file = folder / REPORT
+    if not file.is_file():
+        return None
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); download it again, or delete it") from error
+    if not isinstance(report, dict):
+        raise UserError(f"{file}: not a report of bq-calibrate; download it again, or delete it")
+    return report
+
+
+def _check_settings(config: QuantConfig, layers: Layers, names: set[str]) -> None:
+    """Refuse settings for modules that the model does not have.
+
+    Args:
+        config: the settings.
+        layers: the packed layers.
+        names: of all modules and tensors.
+    """
+    if wrong := sorted(set(config.module_bits) - set(layers)):
+        raise FormatError(f"module_bits: the model has no packed layer {wrong[0]}")
+    kinds = {name.rpartition(".")[2] for name in layers}
+    if wrong := sorted(set(config.rotation.block_size) - kinds - {"default"}):
+        raise FormatError(f"rotation.block_size: no packed layer is called {wrong[0]}; they are {sorted(kinds)}")
+    for skipped in config.modules_to_not_convert:
+        if skipped != "lm_head" and not any(f".{skipped}." in f".{name}." for name in names):
+            raise FormatError(f"modules_to_not_convert: the model has no module {skipped}")
+
+
+def _expected(model: nn.Module, layers: Layers, config: QuantConfig) -> dict[str, TensorSpec | torch.Tensor]:
+    """Tensors of the checkpoint by name; of those that are not quantized, the empty model's."""
+    expected: dict[str, TensorSpec | torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         module, _, leaf = name.rpartition(".")
         if module not in layers or leaf != "weight":
-            expected[name] = tuple(tensor.shape)
+            expected[name] = tensor
     for name, (layer, _) in layers.items():
         for suffix, spec in config.tensors(name, layer.in_features, layer.out_features).items():
             expected[f"{name}.{suffix}"] = spec
     return expected
 
 
-def _check_tensors(store: TensorStore, expected: dict[str, TensorSpec | tuple[int, ...]], tied: set[str]) -> None:
+def _check_tensors(
+    store: TensorStore, expected: dict[str, TensorSpec | torch.Tensor], tied: set[str], dtypes: set[str]
+) -> dict[str, int]:
+    """Check every tensor; returns how many tensors that are not quantized have which dtype."""
     missing = sorted(set(expected) - set(store.names()) - tied)
     if missing:
         raise FormatError(f"tensor {missing[0]} is missing ({len(missing)} in all)")
     surplus = sorted(set(store.names()) - set(expected))
     if surplus:
         raise FormatError(f"tensor {surplus[0]} does not belong to this model ({len(surplus)} in all)")
+    kept: Counter[str] = Counter()
     for name in store.names():
         spec, tensor = expected[name], store.get(name)
-        if not isinstance(spec, TensorSpec):
-            spec = TensorSpec(spec, tensor.dtype)
+        if isinstance(spec, torch.Tensor):
+            kept[dtype_name(tensor.dtype)] += 1
+            spec = _unquantized(name, spec, tensor.dtype, dtypes)
         spec.check(name, tensor)
+    return dict(sorted(kept.items()))
+
+
+def _unquantized(name: str, model: torch.Tensor, dtype: torch.dtype, stated: set[str]) -> TensorSpec:
+    """Shape of the model's tensor, and its dtype; of floats that found, where the checkpoint states it, or nothing."""
+    if not model.is_floating_point():
+        return TensorSpec(tuple(model.shape), model.dtype)
+    allowed = stated or {dtype_name(float_type) for float_type in FLOATS}
+    if dtype_name(dtype) not in allowed:
+        raise FormatError(f"{name}: expected {' or '.join(sorted(allowed))}, found {dtype_name(dtype)}")
+    return TensorSpec(tuple(model.shape), dtype)
 
 
 def _stored_bits(store: TensorStore, layers: Layers, config: QuantConfig) -> dict[str, int]:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from . import __version__, calibrate, evaluate, inspect
 from .console import stderr, stdout
-from .errors import UserError
+from .errors import UserError, check_writable
 from .logs import log_to
 from .recipes import RECIPES, Recipe, make_recipe
 
@@ -67,7 +67,14 @@ def _recipe_help(field: dataclasses.Field) -> str:
 
 
 def _recipe_flag(field: dataclasses.Field) -> signatures.Parameter:
-    types = {"int": int, "float": float, "float | None": float, "str": str, "int | None": str}  # a number, or full
+    types = {
+        "int": int,
+        "float": float,
+        "float | None": float,
+        "str": str,
+        "int | None": str,
+        "bool": bool,
+    }  # int | None: or full
     option = typer.Option(help=_recipe_help(field), rich_help_panel=field.metadata["section"], show_default=False)
     annotation = Annotated[types[field.type] | None, option]
     return signatures.Parameter(field.name, signatures.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -96,6 +103,10 @@ def _calibrate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted run stopped.", rich_help_panel=RUN)
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only check everything and print its cost.", rich_help_panel=RUN),
+    ] = False,
     plots: Annotated[bool, typer.Option(help="Draw pictures of the report.", rich_help_panel=RUN)] = True,
     version: Version = False,
     **settings: Any,
@@ -113,12 +124,17 @@ def _calibrate(
     run = {"device": device, "compute_dtype": compute_dtype, "resume": resume, "plots": plots}
     try:
         with contextlib.nullcontext() if stderr.is_terminal else log_to(None):
-            report = calibrate(model, str(out), recipe, progress=stderr.is_terminal, **run, **overrides)
+            report = calibrate(
+                model, str(out), recipe, dry_run=dry_run, progress=stderr.is_terminal, **run, **overrides
+            )
     except KeyboardInterrupt:
         unfinished = out.with_name(out.name + ".partial")
         hint = f"; finished blocks are kept in {unfinished}: continue with --resume" if unfinished.exists() else ""
         stderr.print(f"interrupted{hint}", soft_wrap=True)
         sys.exit(130)
+    if dry_run:
+        stdout.print(_plan_table(report, out))
+        return
     totals, facts = report["totals"], report["run"]
     stdout.print(
         f"{out}: {totals['bits_per_weight']:.3f} bits per weight, {totals['checkpoint_bytes'] / 1e6:.1f} MB "
@@ -126,6 +142,20 @@ def _calibrate(
         f"peak {facts['peak_memory_bytes'] / 1e9:.2f} GB, computed in {facts['compute_dtype']['forward']}",
         soft_wrap=True,
     )
+
+
+def _plan_table(plan: dict[str, Any], out: Path) -> Table:
+    table = Table("dry run", f"{out}, nothing is written")
+    held_out = f", {plan['held_out']} of them held out" if plan["held_out"] else ""
+    table.add_row("windows of text", f"{plan['windows']} of {plan['seqlen']} tokens{held_out}")
+    table.add_row("computed in", plan["compute_dtype"]["forward"])
+    size = f"{plan['checkpoint_bytes'] / 1e6:.1f} MB, {plan['bits_per_weight']:.3f} bits per weight"
+    table.add_row("checkpoint", size)
+    table.add_row("disk, unfinished work included", f"{plan['disk_bytes'] / 1e9:.2f} GB")
+    table.add_row("memory, about", f"{plan['memory_bytes'] / 1e9:.1f} GB")
+    if plan["seconds"] is not None:
+        table.add_row("time, about", f"{plan['seconds'] / 60:.0f} minutes on this machine")
+    return table
 
 
 # ---- bq-eval and bq-inspect
@@ -153,6 +183,8 @@ def _evaluate(
     version: Version = False,
 ) -> None:
     """Perplexity and zero-shot accuracy of a checkpoint or a 16-bit model."""
+    if output:
+        check_writable(output)  # before the work, not behind it
     results = evaluate(
         model,
         perplexity=perplexity,

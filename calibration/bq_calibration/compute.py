@@ -59,6 +59,11 @@ def native_dtype(preferred: torch.dtype, device: torch.device | str) -> torch.dt
     return preferred if native else torch.float32
 
 
+def operations_per_second() -> float:
+    """Floating-point operations that this CPU does per second in float32 products, all threads together."""
+    return 2 * _SIZE**3 / _cpu_seconds()[torch.float32] * torch.get_num_threads()
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The name by which flags, settings and reports call a dtype: `bfloat16`."""
     return str(dtype).removeprefix("torch.")

@@ -20,14 +20,14 @@ def check_device(device: str) -> str:
     """The device of that name, `auto` resolved.
 
     Raises:
-        UserError: if this machine does not have it.
+        UserError: if this machine does not have it, or it does not compute.
     """
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()  # `meta` has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {device}: not available here ({str(error).splitlines()[0]})") from error
     return device

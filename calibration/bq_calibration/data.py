@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM
 
-from .errors import UserError
+from .errors import UserError, explain
 from .model import SourceModel
 from .recipes import Recipe
+from .self_text import sample_text
+from .skeleton import auto_class
 
 _LOCAL = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -25,17 +26,36 @@ def dataset_name(datasets: str) -> str:
 def gather_tokens(source: SourceModel, recipe: Recipe, progress: Progress) -> torch.Tensor:
     """The calibration tokens of a run, int64 [samples, seqlen]; those that are held out come last.
 
+    Fewer rows than the recipe asks for where the data does not suffice: see `Recipe.fitted`.
+
     Raises:
-        UserError: if the data is missing, unreadable or too short.
+        UserError: if the data is missing, unreadable or too short, or the model has too few positions.
     """
-    count = recipe.samples
-    if recipe.trains:
-        count = max(count, recipe.train_samples) + recipe.held_out
+    check_length(source.config, recipe.seqlen, "--seqlen")
     tokenizer = source.tokenizer()
     if recipe.dataset != "self":
-        return calibration_tokens(tokenizer, recipe.dataset, count, recipe.seqlen, recipe.seed)
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.dtype).to(source.device).eval()
-    return sampled_tokens(model, tokenizer, count, recipe.seqlen, recipe.seed, progress)
+        with explain(f"{source.folder}: the tokenizer does not work"):
+            tokens = calibration_tokens(tokenizer, recipe.dataset, recipe.windows, recipe.seqlen, recipe.seed)
+        if int(tokens.max()) >= source.vocabulary:
+            raise UserError(
+                f"{source.folder}: the tokenizer gives token {int(tokens.max())}, the model knows {source.vocabulary}; "
+                "are they of one model?"
+            )
+        return tokens
+    kind = auto_class(source.config.model_type)
+    model = kind.from_pretrained(source.folder, dtype=source.dtype).to(source.device).eval()
+    return sample_text(model, tokenizer, recipe.windows, recipe.seqlen, recipe.seed, progress)
+
+
+def check_length(config, length: int, flag: str) -> None:
+    """Refuse windows that are longer than the positions of a model.
+
+    Raises:
+        UserError: naming the flag and the limit.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise UserError(f"{flag} {length}: the model has {positions} positions; lower {flag}")
 
 
 def load_documents(dataset: str, split: str) -> list[str]:
@@ -71,6 +91,11 @@ def load_documents(dataset: str, split: str) -> list[str]:
                 if "text" not in rows.column_names:
                     raise UserError(f"{dataset}: no column 'text'; it has {rows.column_names}")
                 documents = list(rows["text"])
+                wrong = next((n for n, text in enumerate(documents) if not isinstance(text, str | None)), None)
+                if wrong is not None:
+                    raise UserError(
+                        f"{dataset}: row {wrong + 1}: text is a {type(documents[wrong]).__name__}, no string"
+                    )
         elif path.suffix in _LOCAL:
             raise UserError(f"{dataset}: no such file")
         else:
@@ -86,9 +111,26 @@ def load_documents(dataset: str, split: str) -> list[str]:
     return documents
 
 
-def tokenize(tokenizer, text: str) -> list[int]:
-    """Token ids of a text, BOS included where the tokenizer adds one. No length limit, so no warning about one."""
-    return tokenizer(text, verbose=False)["input_ids"]
+def prefix_of(tokenizer) -> list[int]:
+    """Tokens that the tokenizer puts in front of every text: BOS, or nothing."""
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
+    return full[: starts[0]] if starts else []
+
+
+def cut_windows(tokenizer, text: str, length: int) -> list[list[int]]:
+    """A text in consecutive windows of `length` tokens without overlap, BOS first in each where the tokenizer adds one.
+
+    Raises:
+        UserError: if `length` has no room for a token that is predicted.
+    """
+    prefix = prefix_of(tokenizer)
+    step = length - len(prefix)
+    if step < 1 or length < 2:
+        raise UserError(f"windows of {length} tokens: expected at least {max(2, len(prefix) + 1)}")
+    # no length limit, so no warning about one
+    stream = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [prefix + stream[start : start + step] for start in range(0, len(stream) - step + 1, step)]
 
 
 def calibration_tokens(tokenizer, datasets: str, samples: int, seqlen: int, seed: int) -> torch.Tensor:
@@ -112,60 +154,22 @@ def _windows(tokenizer, dataset: str, samples: int, seqlen: int, seed: int) -> l
     """At most `samples` windows of a data set, from shuffled documents joined end to end."""
     documents = load_documents(dataset, "train")
     shuffler = random.Random(seed)
-    stream: list[int] = []
     if len(documents) == 1:  # one long text: windows from all over it
-        stream = tokenize(tokenizer, documents[0])
-        starts = list(range(0, len(stream) - seqlen + 1, seqlen))
-        shuffler.shuffle(starts)
-        windows = [stream[start : start + seqlen] for start in starts[:samples]]
+        windows = cut_windows(tokenizer, documents[0], seqlen)
+        shuffler.shuffle(windows)
     else:
         shuffler.shuffle(documents)
-        for document in documents:
-            stream += tokenize(tokenizer, document)
-            if len(stream) >= samples * seqlen:
-                break
-        windows = [stream[i * seqlen : (i + 1) * seqlen] for i in range(min(samples, len(stream) // seqlen))]
+        windows = _packed_windows(tokenizer, documents, samples, seqlen)
     if not windows:
-        raise UserError(f"{dataset}: {len(stream)} tokens do not fill one window of {seqlen}; lower --seqlen")
-    return windows
+        raise UserError(f"{dataset}: the text does not fill one window of {seqlen} tokens; lower --seqlen")
+    return windows[:samples]
 
 
-@torch.no_grad()
-def sampled_tokens(model, tokenizer, samples: int, seqlen: int, seed: int, progress: Progress) -> torch.Tensor:
-    """Text that the model itself writes, from its BOS token at temperature 1: calibration without data.
-
-    Args:
-        model: a transformers causal LM, loaded whole.
-
-    Returns:
-        int64 [samples, seqlen].
-
-    Raises:
-        UserError: if the tokenizer has no token to start from.
-    """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise UserError("--dataset self: the tokenizer has neither BOS nor EOS to start from; give a text file")
-    torch.manual_seed(seed)
-    batch = min(samples, 32)
-    task = progress.add_task("sampling text from the model", total=samples)
-    rows = []
-    for first in range(0, samples, batch):
-        count = min(batch, samples - first)
-        prompt = torch.full((count, 1), start, device=model.device)
-        rows.append(
-            model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=seqlen - 1,
-                max_new_tokens=seqlen - 1,
-                pad_token_id=start,
-            ).cpu()
-        )
-        progress.advance(task, count)
-    progress.remove_task(task)
-    return torch.cat(rows)
+def _packed_windows(tokenizer, documents: list[str], samples: int, seqlen: int) -> list[list[int]]:
+    prefix = prefix_of(tokenizer)
+    step, stream = seqlen - len(prefix), []
+    for document in documents:
+        stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(stream) >= samples * step:
+            break
+    return [prefix + stream[start : start + step] for start in range(0, len(stream) - step + 1, step)]

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from bq_kernels.format import QuantConfig
 from rich.progress import Progress
 
-from .model import SourceModel, TensorStore
+from .model import SourceModel
 from .recipes import Recipe
 from .sampling import batch_of
+from .store import TensorStore
 from .student import Student
 from .train import train
 from .workspace import Workspace

@@ -18,6 +18,22 @@ class WriteError(UserError):
 
 
 @contextlib.contextmanager
+def explain(message: str) -> Iterator[None]:
+    """Turn whatever a library raises over a user's file into a UserError of one line.
+
+    Args:
+        message: names the file and the problem; the library's own words follow in parentheses.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{message} ({words[:300]})") from error
+
+
+@contextlib.contextmanager
 def explain_write(path: Path) -> Iterator[None]:
     """Turn a failed write (no space, no permission, a file-size limit) into a WriteError that names `path`."""
     try:
@@ -25,3 +41,17 @@ def explain_write(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = "no space left on the device" if "No space left" in str(error) else str(error)
         raise WriteError(f"{path}: could not be written: {reason}") from error
+
+
+def check_writable(file: Path) -> None:
+    """Refuse a file that cannot be written, and leave it as it is.
+
+    Raises:
+        WriteError: naming the file.
+    """
+    with explain_write(file):
+        existed = file.exists()
+        with open(file, "ab"):
+            pass
+        if not existed:
+            file.unlink()

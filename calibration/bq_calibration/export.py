@@ -6,26 +6,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from bq_kernels import checksums
 from bq_kernels.format import QuantConfig
 
 from .errors import explain_write
-from .files import write_json, write_tensors
-from .model import SourceModel, TensorStore
+from .files import carried_files, write_json, write_tensors
+from .model import SourceModel
+from .store import TensorStore
 
 SHARD_BYTES = 2 * 10**9
-_COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab*",
-    "merges.txt",
-    "*.jinja",
-    "*.model",
-)
+# Stands in config.json under transformers_weights, where transformers expects the name of a weights file and refuses
+# this one with an error that repeats it: else it would warn of an unknown format, and make the packed layers up.
+# `bq_calibration.hf` takes it out.
+GUARD = "packed weights need `import bq_calibration.hf` (of bq-vllm) before from_pretrained"
 
 
 def export(source: SourceModel, blocks: Path, config: QuantConfig, folder: Path) -> None:
-    """Write config.json, weights and tokenizer files of a checkpoint.
+    """Write config.json, weights, and the files that come along (tokenizer, licence, …) of a checkpoint.
 
     Args:
         source: the 16-bit model.
@@ -39,9 +36,9 @@ def export(source: SourceModel, blocks: Path, config: QuantConfig, folder: Path)
     with explain_write(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for pattern in _COPIED:
-            for file in source.folder.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+        for name in carried_files(source.folder):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.folder / name, folder / name)
     packed = TensorStore(blocks)
     replaced = {
         f"{source.block_prefix(index)}{name}.weight"
@@ -51,11 +48,21 @@ def export(source: SourceModel, blocks: Path, config: QuantConfig, folder: Path)
     }
     store_of = {name: source.store for name in source.store.names() if name not in replaced}
     store_of |= dict.fromkeys(packed.names(), packed)
-    _write_shards(store_of, folder)
+    _write_shards(store_of, source, folder)
     write_json(folder / "config.json", _exported_config(source, config))
 
 
-def _write_shards(store_of: dict[str, TensorStore], folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
+    """Write `SHA256SUMS` of a checkpoint, once all its other files are there.
+
+    Raises:
+        WriteError: if it cannot be written.
+    """
+    with explain_write(folder / checksums.SUMS):
+        checksums.write_sums(folder)
+
+
+def _write_shards(store_of: dict[str, TensorStore], source: SourceModel, folder: Path) -> None:
     """Write tensors in shards of at most SHARD_BYTES, with an index where there are several."""
     shards: list[list[str]] = [[]]
     size = total = 0
@@ -65,11 +72,14 @@ def _write_shards(store_of: dict[str, TensorStore], folder: Path) -> None:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size, total = size + nbytes, total + nbytes
+        size += nbytes
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, {name: store_of[name].get(name) for name in names})
+        tensors = {name: store_of[name].get(name) for name in names}
+        kept = {name: tensor.to(source.kept_dtype(name)) for name, tensor in tensors.items() if name in source.store}
+        write_tensors(folder / file, tensors | kept, record_sums=True)
+        total += sum(tensor.nbytes for tensor in (tensors | kept).values())
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -77,7 +87,11 @@ def _write_shards(store_of: dict[str, TensorStore], folder: Path) -> None:
 
 
 def _exported_config(source: SourceModel, config: QuantConfig) -> dict[str, Any]:
-    exported = source.config_dict | {"quantization_config": config.to_dict()}
+    exported = source.config_dict | {"quantization_config": config.to_dict(), "transformers_weights": GUARD}
+    if isinstance(text := exported.get("text_config"), dict):  # classes of the text part alone read only this
+        exported["text_config"] = text | {"transformers_weights": GUARD}
+    if source.kept_dtype(source.first_linear) != source.stored_dtype:  # float32 has become bfloat16
+        exported |= dict.fromkeys({"dtype", "torch_dtype"} & set(exported) or {"dtype"}, "bfloat16")
     if "_name_or_path" in exported:  # may be a folder of the machine that saved the model
         exported["_name_or_path"] = source.name
     return exported

@@ -1,16 +1,57 @@
-"""Writing files whole or not at all, with errors that name the file."""
+"""Writing files whole or not at all, with errors that name the file; and which files belong to a model."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
+from bq_kernels import checksums
 from safetensors.torch import save_file
 
 from .errors import explain_write
+
+logger = logging.getLogger(__name__)
+
+# weights in any form, and what trainers leave: neither is copied into a checkpoint nor, but for safetensors, downloaded
+WEIGHTS = (
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npz", "*.h5", "*.msgpack", "*.ot", "*.distcp"),
+    *("*.gguf", "*.ggml", "*.onnx", "*.onnx_data*", "*.tflite", "*.mlmodel", "*.mlpackage", "*.nemo", "*.pdparams"),
+    *("*.engine", "*.llamafile", "*.zip", "*.tar", "*.gz", "*.zst", "*.7z"),
+)
+_NOT_CARRIED = (
+    *WEIGHTS,
+    *("*.safetensors", "*.index.json", ".*", "*.tmp"),
+    # written anew: config.json, the card and what `bq-calibrate` adds; SHA256SUMS of the source would be wrong
+    *("config.json", "README.md", "bq_report.json", checksums.SUMS),
+    # of an adapter, another quantization, another layout, training: loaders would take them for the model's own
+    *("adapter_config.json", "quant*_config.json", "hf_quant_config.json", "params.json", "trainer_state.json"),
+    *("*.log", "events.out.*"),
+)
+_CARRIED_FOLDERS = ("additional_chat_templates",)  # the only ones that transformers reads
+_MOST_BYTES = 256 * 2**20  # the largest tokenizers have some 35 MB
+
+
+def carried_files(folder: Path) -> Iterator[Path]:
+    """Files of a 16-bit model that its checkpoint carries over, relative to `folder`, sorted.
+
+    All files are, but for weights and what belongs to another form of the model: tokenizer and processor in whatever
+    files they have, chat templates, code that `auto_map` of config.json names, licences.
+    """
+    found = [folder, *(folder / name for name in _CARRIED_FOLDERS)]
+    for file in sorted(file for part in found if part.is_dir() for file in part.iterdir()):
+        if not file.is_file() or any(fnmatch(file.name.lower(), pattern.lower()) for pattern in _NOT_CARRIED):
+            continue
+        if file.stat().st_size > _MOST_BYTES:
+            logger.warning("%s is not carried over: %.0f MB", file, file.stat().st_size / 1e6)
+            continue
+        yield file.relative_to(folder)
 
 
 def _commit(temporary: Path, path: Path) -> None:
@@ -19,16 +60,41 @@ def _commit(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], record_sums: bool = False) -> None:
     """Write a safetensors file.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        record_sums: whether its header shall hold the SHA-256 of each tensor.
 
     Raises:
         WriteError: if it cannot be written.
     """
     temporary = path.with_suffix(".tmp")
+    metadata = {"format": "pt"}
+    if record_sums:
+        sums = {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in sorted(tensors.items())}
+        metadata[checksums.TENSOR_SUMS] = json.dumps(sums)
     with explain_write(path):
-        save_file(dict(sorted(tensors.items())), temporary, metadata={"format": "pt"})
+        save_file(dict(sorted(tensors.items())), temporary, metadata=metadata)
+        if record_sums:
+            _sort_metadata(temporary)
         _commit(temporary, path)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the entries of a header's metadata in order, in place: the library's order differs from run to run."""
+    header, begin = checksums.read_header(path)
+    ordered = header | {"__metadata__": dict(sorted(header["__metadata__"].items()))}
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(text.ljust(begin - 8))
 
 
 def write_json(path: Path, data: Any) -> None:

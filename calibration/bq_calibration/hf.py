@@ -1,6 +1,8 @@
 """Butterfly checkpoints in transformers: import this module, then `AutoModelForCausalLM.from_pretrained(CKPT)`.
 
-Without the import transformers would fill the packed layers with random weights and only print a warning.
+A multimodal one is loaded with `AutoModelForImageTextToText`, as its original is.
+
+Without the import transformers refuses the checkpoint: the entry `transformers_weights` of its config.json sees to it.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bq_kernels import ops
-from bq_kernels.format import QUANT_METHOD, QuantConfig
+from bq_kernels import checksums, ops
+from bq_kernels.format import QUANT_METHOD, FormatError, QuantConfig
 from bq_kernels.prepared import PreparedWeights, prepare_weights, prepared_linear
 from bq_kernels.reference import angles_of, dense_weight
 from torch import nn
@@ -19,6 +21,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import quantized_layers, verify
+from .errors import UserError
+from .skeleton import other_parts
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -53,6 +57,16 @@ class ButterflyLinear(nn.Module):
         angles = angles_of(self.kind, self.angles, self.in_features, self.block_size, self.qweight.device)
         return self.qweight, self.scales, self.zeros, angles, self.block_size, self.in_features
 
+    def _apply(self, fn, recurse=True):
+        """Move the format's tensors, but never round them: `model.to(torch.bfloat16)` casts only the bias."""
+        exact = {id(tensor) for tensor in (self.qweight, self.scales, self.zeros, self.angles) if tensor is not None}
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            new = fn(tensor)
+            return new if id(tensor) not in exact or new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(apply, recurse)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = W′ Q x + bias; x [..., in_features] to [..., out_features], same dtype."""
         if self._prepared_for != x.device:
@@ -86,14 +100,33 @@ class ButterflyHfQuantizer(HfQuantizer):
 
     requires_calibration = True
 
+    def update_tp_plan(self, config):
+        """Take out the entry that stops a transformers without this module; files are looked up after this hook."""
+        for part in (config, config.get_text_config()):
+            if getattr(part, "transformers_weights", None) is not None:
+                del part.transformers_weights
+        return config
+
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if checkpoint_files:
-            verify(Path(checkpoint_files[0]).parent)
+            folder = Path(checkpoint_files[0]).parent
+            try:
+                checksums.compare_for_loading(folder)
+            except FormatError as error:
+                raise UserError(str(error)) from error
+            verify(folder)
         config: QuantConfig = self.quantization_config.parsed
         for name, (linear, _) in quantized_layers(model, model.config.model_type, config).items():
             model.set_submodule(name, ButterflyLinear(config, name, linear))
         # float16 values of the format stay exact in a bfloat16 model
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "scales", "zeros", "angles"}
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        # with a quantizer transformers leaves tensors that files call otherwise than the model in their stored dtype
+        for part in other_parts(model):
+            for parameter in model.base_model.get_submodule(part).parameters():
+                parameter.data = parameter.data.to(model.get_input_embeddings().weight.dtype)
+        return model
 
     def _dequantize(self, model, dtype=None):
         for name, module in list(model.named_modules()):

@@ -2,43 +2,85 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from bq_kernels import checksums
+from bq_kernels.format import FormatError
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 
-from .checkpoint import verify
+from .checkpoint import REPORT, read_report, verify
+from .errors import UserError
+
+_TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab.*", "token*.py")
+_PROBE = "Two plus two is 4."
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """Verify a checkpoint and describe it; the run's report is part of it where the checkpoint has one.
 
     Raises:
-        UserError: naming the first tensor that breaks the format.
+        UserError: naming the first file or tensor that is damaged or breaks the format.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected that of a butterfly checkpoint")
+    try:
+        sums = checksums.compare(folder)
+    except FormatError as error:
+        raise UserError(str(error)) from error
     verified = verify(folder)
-    report = folder / "bq_report.json"
+    _check_tokenizer(folder)
     return {
         "checkpoint": str(folder),
         "quantization_config": verified.config.to_dict(),
         "bits_per_weight": verified.bits_per_weight(),
         "stored_bits": verified.stored_bits,
+        "unquantized_dtypes": verified.unquantized_dtypes,
         "total_bytes": verified.total_bytes,
+        "checksums": {
+            "listed": sums.listed,
+            "files": len(sums.files),
+            "tensors": sums.tensors,
+            "not_covered": sums.uncovered,
+        },
         "layers": {name: {"out_features": n, "in_features": k} for name, (n, k) in verified.layers.items()},
-        "report": json.loads(report.read_text()) if report.exists() else None,
+        "report": read_report(folder),
     }
 
 
+def _check_tokenizer(folder: Path) -> None:
+    """Refuse a checkpoint whose tokenizer is missing or broken."""
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
+        raise UserError(f"{folder}: no tokenizer (tokenizer.json, tokenizer.model, …); copy that of the 16-bit model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        text = tokenizer.decode(tokenizer(_PROBE)["input_ids"], skip_special_tokens=True)
+    except BaseException as error:  # some tokenizers end in a panic of Rust
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({error}); copy that of the 16-bit model") from error
+    if not text.strip():
+        raise UserError(f"{folder}: the tokenizer knows no text, it is damaged; copy that of the 16-bit model")
+
+
 def print_description(description: dict[str, Any], console: Console) -> None:
-    """Print `describe`'s result as tables that fit 80 columns."""
-    console.print(_summary(description))
-    report = description["report"]
-    if report:
-        for table in (_gains(report), _input_table(report), _error_table(report)):
-            console.print(table)
+    """Print `describe`'s result as tables that fit 80 columns.
+
+    Raises:
+        UserError: if the report is not one of bq-calibrate.
+    """
+    try:
+        tables = [_summary(description)]
+        if (report := description["report"]) is not None:
+            tables += [_gains(report), _input_table(report), _error_table(report)]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        file = Path(description["checkpoint"]) / REPORT
+        raise UserError(f"{file}: not a report of bq-calibrate ({error!r}); download it again, or delete it") from error
+    for table in tables:
+        console.print(table)
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
@@ -58,8 +100,11 @@ def _summary(description: dict[str, Any]) -> Table:
     rows["bits per weight, all counted"] = f"{description['bits_per_weight']:.4f}"
     weights = sum(layer["out_features"] * layer["in_features"] for layer in description["layers"].values())
     rows |= {f"  {part}": f"{bits / weights:.4f}" for part, bits in description["stored_bits"].items()}
+    kept = description["unquantized_dtypes"].items()
+    rows["not quantized"] = ", ".join(f"{count} tensors in {dtype}" for dtype, count in kept)
+    rows["checksums"] = _checksums(description["checksums"])
     rows["size of all tensors"] = f"{description['total_bytes'] / 1e6:.1f} MB"
-    if report:
+    if report is not None:
         run, dtypes = report["run"], report["run"].get("compute_dtype", {})
         rows["16-bit model"] = f"{report['source_model']}, {report['totals']['source_bytes'] / 1e6:.1f} MB"
         rows["calibrated on"] = f"{report['calibration_tokens']:,} tokens of {report['recipe']['dataset']}"
@@ -68,6 +113,15 @@ def _summary(description: dict[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _checksums(sums: dict[str, Any]) -> str:
+    if not sums["listed"]:
+        tensors = f"; {sums['tensors']} tensors equal those in their headers" if sums["tensors"] else ""
+        return f"none, {checksums.SUMS} is missing: damage may go unnoticed{tensors}"
+    others = sums["not_covered"]
+    rest = f"; not covered: {', '.join(others[:5])}{' …' if len(others) > 5 else ''}" if others else ""
+    return f"{sums['files']} files and {sums['tensors']} tensors as written{rest}"
 
 
 def _gains(report: dict[str, Any]) -> Table:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from .architecture import input_groups
 from .block import Block
 from .compute import compute_dtypes
-from .errors import UserError
+from .errors import UserError, explain
+from .skeleton import decoder_name, empty_model, model_names, other_parts
+from .store import FLOATS, TensorStore
 
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+logger = logging.getLogger(__name__)
+
+# tensors that older versions of transformers stored beside the weights and newer ones compute
+_STALE = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.rotary_pos_emb\.inv_freq|\.position_ids)$")
 
 
 def resolve_model(model: str) -> Path:
@@ -43,62 +47,25 @@ def resolve_model(model: str) -> Path:
         raise UserError(f"{model}: no such folder, and the hub did not give it ({error})") from error
 
 
-class TensorStore:
-    """Tensors of a folder's safetensors files, by name, read on demand.
+def read_json(file: Path, hint: str) -> dict[str, Any]:
+    """The table in a JSON file.
+
+    Args:
+        file: the file.
+        hint: a question for the user where the file is missing.
 
     Raises:
-        UserError: from the constructor, if there are no safetensors files or one cannot be read.
+        UserError: if it is missing or holds no JSON table.
     """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(
-                f"{folder}: no .safetensors file; convert the weights first (nothing is ever unpickled here)"
-            )
-        self.file_of: dict[str, Path] = {}
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    self.file_of.update(dict.fromkeys(handle.keys(), file))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: cannot be read, truncated or damaged ({error}); get it again") from error
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            listed = json.loads(index.read_text())["weight_map"]
-            missing = sorted(set(listed) - set(self.file_of))
-            if missing:
-                raise UserError(f"{folder / listed[missing[0]]}: tensor {missing[0]} of the index is not there")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.file_of
-
-    def names(self) -> list[str]:
-        """Names of all tensors, sorted."""
-        return sorted(self.file_of)
-
-    def get(self, name: str) -> torch.Tensor:
-        """Read one tensor.
-
-        Raises:
-            UserError: if it is missing.
-        """
-        if name not in self.file_of:
-            raise UserError(f"{self.folder}: tensor {name} is missing")
-        with safe_open(self.file_of[name], framework="pt") as handle:
-            return handle.get_tensor(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor, without reading its data."""
-        with safe_open(self.file_of[name], framework="pt") as handle:
-            return handle.get_slice(name)[:0].dtype
-
-    def nbytes(self, name: str) -> int:
-        """Size of a tensor's data, without reading it."""
-        with safe_open(self.file_of[name], framework="pt") as handle:
-            view = handle.get_slice(name)
-            return math.prod(view.get_shape()) * _BYTES[view.get_dtype()]
+    if not file.is_file():
+        raise UserError(f"{file.parent}: no {file.name}; {hint}")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: expected a JSON table, found {type(data).__name__}")
+    return data
 
 
 class SourceModel:
@@ -108,8 +75,11 @@ class SourceModel:
         model: folder or hub name.
         device: where layers and activations live.
         compute_dtype: see `compute.compute_dtypes`.
+        unquantized_dtype: `auto` or `source`, see `kept_dtype`.
 
     Attributes:
+        first_linear: name of the first linear layer's weight.
+        stored_dtype: of that weight, the model's main dtype.
         dtype: of weights and activations in memory.
         training_dtype: of the products of layers that are trained.
 
@@ -117,29 +87,71 @@ class SourceModel:
         UserError: for an unsupported architecture, an already quantized model, or missing weights.
     """
 
-    def __init__(self, model: str, device: torch.device, compute_dtype: str = "auto"):
+    def __init__(self, model: str, device: torch.device, compute_dtype: str = "auto", unquantized_dtype: str = "auto"):
+        self.unquantized_dtype = unquantized_dtype
         self.folder = resolve_model(model)
         self.device = device
-        config_file = self.folder / "config.json"
-        if not config_file.exists():
-            raise UserError(f"{self.folder}: no config.json; is this the folder of a Hugging Face model?")
-        self.config_dict: dict[str, Any] = json.loads(config_file.read_text())
-        if "quantization_config" in self.config_dict:
-            method = self.config_dict["quantization_config"].get("quant_method")
+        self.config_dict = read_json(self.folder / "config.json", "is this the folder of a Hugging Face model?")
+        if quantization := self.config_dict.get("quantization_config"):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UserError(f"{self.folder}: already quantized ({method}); calibration starts from the 16-bit model")
         self.groups = input_groups(self.config_dict.get("model_type", "without a model_type"))
-        self.config = AutoConfig.from_pretrained(self.folder)
-        self.store = TensorStore(self.folder)
-        self.compute = compute_dtypes(compute_dtype, self.store.get("model.embed_tokens.weight").dtype, device)
+        self.store = TensorStore.of_model(self.folder)
+        with explain(f"{self.folder / 'config.json'}: transformers cannot read it"):
+            self.config = AutoConfig.from_pretrained(self.folder)
+            self.skeleton = empty_model(self.config)
+        self.text_config = self.config.get_text_config()
+        self.decoder_name, self.other_parts = decoder_name(self.skeleton), other_parts(self.skeleton)
+        self.decoder = self.skeleton.get_submodule(self.decoder_name)
+        self._match_names()
+        self.first_linear = f"{self.block_prefix(0)}{self.groups[0].layers[0]}.weight"
+        self.stored_dtype = self.store.dtype(self.first_linear)
+        self.compute = compute_dtypes(compute_dtype, self.stored_dtype, device)
         self.dtype, self.training_dtype = self.compute.forward, self.compute.training
-        with init_empty_weights(include_buffers=False):  # buffers are computed, not stored: they must be real
-            self.skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
+        for parameter in self.skeleton.parameters():  # buffers keep their own dtype: positions need float32
+            parameter.data = parameter.data.to(self.dtype)
         for module in self.skeleton.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = buffer.to(device) if buffer is not None else None
-        self.decoder = self.skeleton.model
         self.num_blocks = len(self.decoder.layers)
         self._kwargs: list[dict[str, Any]] = [{} for _ in self.decoder.layers]
+
+    def _match_names(self) -> None:
+        """Call stored tensors as the model does, drop stale ones, and refuse a model that is not whole.
+
+        Only tensors of the decoder and the LM head get new names. Those of a vision tower go into the checkpoint as
+        they are called here, for vLLM does not know all names that transformers gives them.
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
+        tied = set(self.skeleton.all_tied_weights_keys)
+        stored = [name for name in self.store.names() if not _STALE.search(name)]
+        if stale := len(self.store.names()) - len(stored):
+            logger.info("%d stale buffers beside the weights are left out (rotary_emb.inv_freq and the like)", stale)
+        names = model_names(stored, self.skeleton)
+        missing = sorted(set(expected) - set(names.values()) - tied)
+        kind, surplus = type(self.skeleton).__name__, sorted(set(names.values()) - set(expected))
+        if missing:
+            beside = f"; {surplus[0]} is there and does not belong to it" if surplus else ""
+            raise UserError(
+                f"{self.folder}: tensor {missing[0]} of a {kind} is missing ({len(missing)} in all){beside}; "
+                "give the folder of a whole causal LM"
+            )
+        if surplus:
+            raise UserError(
+                f"{self.folder}: tensor {surplus[0]} does not belong to a {kind} ({len(surplus)} in all); "
+                "a model with another head or more parts is not supported"
+            )
+        in_file = {known: name for name, known in names.items()}
+        for name, shape in [(in_file[known], shape) for known, shape in expected.items() if known in in_file]:
+            if self.store.shape(name) != shape:
+                raise UserError(
+                    f"{self.folder}: tensor {name}: expected {list(shape)} by config.json, "
+                    f"found {list(self.store.shape(name))}"
+                )
+            if self.store.dtype(name) not in FLOATS:
+                raise UserError(f"{self.folder}: tensor {name} holds {self.store.dtype(name)}; give the 16-bit model")
+        own = f"{self.decoder_name}.", "lm_head."
+        self.store.rename({name: known if known.startswith(own) else name for name, known in names.items()})
 
     @property
     def name(self) -> str:
@@ -149,21 +161,45 @@ class SourceModel:
             return folder.parents[1].name.removeprefix("models--").replace("--", "/", 1)
         return folder.name
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return self.decoder.embed_tokens.num_embeddings
+
+    def kept_dtype(self, name: str) -> torch.dtype:
+        """Dtype in which the checkpoint holds a tensor that is not quantized.
+
+        With `auto` that is bfloat16 where the source has 32 bits or more: embeddings of a 2-bit model in float32 would
+        be most of its bytes.
+        """
+        stored = self.store.dtype(name)
+        wide = self.unquantized_dtype == "auto" and stored.itemsize > 2 and stored.is_floating_point
+        return torch.bfloat16 if wide else stored
+
     def tokenizer(self):
         """The model's tokenizer.
 
         Raises:
             UserError: if the folder has none.
         """
-        try:
+        with explain(f"{self.folder}: the tokenizer cannot be loaded"):
             return AutoTokenizer.from_pretrained(self.folder)
-        except Exception as error:
-            raise UserError(f"{self.folder}: the tokenizer cannot be loaded ({error})") from error
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of the model as it is stored.
+
+        Raises:
+            UserError: if it holds NaN or infinity.
+        """
+        tensor = self.store.get(name)
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{self.folder}: tensor {name} holds NaN or infinity; the model is damaged, get it again")
+        return tensor
 
     @contextmanager
     def _loaded(self, module: nn.Module, prefix: str) -> Iterator[nn.Module]:
         empty = module.state_dict()
-        full = {name: self.store.get(prefix + name).to(self.device, tensor.dtype) for name, tensor in empty.items()}
+        full = {name: self.read(prefix + name).to(self.device, tensor.dtype) for name, tensor in empty.items()}
         module.load_state_dict(full, assign=True)
         del full
         try:
@@ -173,7 +209,12 @@ class SourceModel:
 
     def block_prefix(self, index: int) -> str:
         """Name prefix of the tensors of decoder layer `index`."""
-        return f"model.layers.{index}."
+        return f"{self.decoder_name}.layers.{index}."
+
+    @property
+    def head_prefix(self) -> str:
+        """Name prefix of the LM head's tensors: its own, or the embedding's where it is tied."""
+        return "lm_head." if "lm_head.weight" in self.store else f"{self.decoder_name}.embed_tokens."
 
     def empty_block(self, index: int) -> Block:
         """Decoder layer `index` without weights: for names and shapes."""
@@ -192,12 +233,11 @@ class SourceModel:
 
     def final_norm(self) -> AbstractContextManager[nn.Module]:
         """The norm behind the last layer, with its weight in memory for as long as the context lasts."""
-        return self._loaded(self.decoder.norm, "model.norm.")
+        return self._loaded(self.decoder.norm, f"{self.decoder_name}.norm.")
 
     def head(self) -> AbstractContextManager[nn.Module]:
         """The LM head, with its weight in memory for as long as the context lasts; it may be the embedding's."""
-        own = "lm_head.weight" in self.store
-        return self._loaded(self.skeleton.lm_head, "lm_head." if own else "model.embed_tokens.")
+        return self._loaded(self.skeleton.lm_head, self.head_prefix)
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -223,7 +263,7 @@ class SourceModel:
         for index, layer in enumerate(self.decoder.layers):
             layer.forward = record(index)
         try:
-            with self._loaded(self.decoder.embed_tokens, "model.embed_tokens."):
+            with self._loaded(self.decoder.embed_tokens, f"{self.decoder_name}.embed_tokens."):
                 rows = [self.decoder(input_ids=row[None], use_cache=False)[0] for row in tokens.to(self.device)]
         finally:
             for layer in self.decoder.layers:

@@ -10,11 +10,12 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .errors import explain_write
 from .model import SourceModel
+from .skeleton import auto_class
 
 _TEMPLATE = """# {name}, {bits}-bit butterfly
 
 Linear weights are {bits}-bit integers in a rotated basis ({rotation}), after ButterflyQuant
-([arXiv 2509.09679](https://arxiv.org/abs/2509.09679)). Embeddings, norms and the LM head are those of the original.
+([arXiv 2509.09679](https://arxiv.org/abs/2509.09679)). {kept} are those of the original.
 
 | | |
 |---|---|
@@ -29,8 +30,8 @@ With vLLM and the bq-vllm plugin installed:
 
     vllm serve FOLDER --quantization butterfly
 
-With transformers: `import bq_calibration.hf` first, then `AutoModelForCausalLM.from_pretrained("FOLDER")`; without the
-import the packed layers would be random.
+With transformers: `import bq_calibration.hf` first, then `{auto_class}.from_pretrained("FOLDER")`; without the
+import transformers refuses to load it.
 
 ## Measured while calibrating
 
@@ -76,7 +77,7 @@ def write_model_card(folder: Path, source: SourceModel, config: QuantConfig, rep
         license_link=original.get("license_link"),
         language=original.get("language"),
         library_name="vllm",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if source.other_parts else "text-generation",
         tags=["butterfly", "quantized", f"{config.bits}-bit", "bq-vllm"],
         quantized_by="bq-calibrate",
     )
@@ -87,6 +88,8 @@ def write_model_card(folder: Path, source: SourceModel, config: QuantConfig, rep
     rows = (f"| {g['stage']} | {g['measure']} | {g['before']:.4f} | {g['after']:.4f} |" for g in report["gains"])
     text = _TEMPLATE.format(
         name=source.name,
+        kept=", ".join(("Embeddings", "norms", *source.other_parts)) + " and the LM head",
+        auto_class=auto_class(source.config.model_type).__name__,
         bits=config.bits,
         rotation=rotation,
         bits_per_weight=totals["bits_per_weight"],

@@ -15,11 +15,12 @@ import torch
 from bq_kernels.format import FormatError, QuantConfig
 from rich.progress import Progress
 
+from . import preflight
 from .block import Block
 from .data import gather_tokens
 from .distill import train_end_to_end
 from .errors import UserError
-from .export import export
+from .export import export, write_checksums
 from .logs import log_to
 from .model import SourceModel
 from .model_card import write_model_card
@@ -61,7 +62,7 @@ class Calibration:
     ):
         self.recipe, self.device, self.plots = recipe, torch.device(device), plots
         self.workspace = Workspace(Path(out), resume)
-        self.source = SourceModel(model, self.device, compute_dtype)
+        self.source = SourceModel(model, self.device, compute_dtype, recipe.unquantized_dtype)
         self.config = self._format()
 
     def run(self, progress: Progress) -> dict[str, Any]:
@@ -72,16 +73,56 @@ class Calibration:
         """
         settings = {"model": str(self.source.folder.resolve()), **self.recipe.to_dict()}
         settings["compute_dtype"] = self.source.compute.to_dict()
-        needed = sum(file.stat().st_size for file in set(self.source.store.file_of.values()))
-        out, work = self.workspace.out, self.workspace
-        with work.opened(settings, needed), log_to(out.with_name(out.name + ".log")):
+        settings["source_sha256"] = preflight.source_fingerprint(self.source, progress)
+        settings["data_sha256"] = preflight.data_fingerprint(self.recipe.dataset, progress)
+        plan, work = preflight.plan(self.source, self.config, self.recipe), self.workspace
+        with work.opened(settings, plan.disk_bytes), log_to(work.log):
             logger.info("%s: %s", self.source.name, settings)
+            if not work.resumed:
+                preflight.check_weights(self.source, progress)
             tokens = work.tensors("tokens", lambda: {"tokens": gather_tokens(self.source, self.recipe, progress)})
-            report = self._stages(tokens["tokens"], progress)
+            tokens = self._fitted(tokens["tokens"])
+            preflight.check_activations(self.source, tokens, progress)
+            report = self._stages(tokens, progress)
             bits, seconds = report["totals"]["bits_per_weight"], report["run"]["wall_seconds"]
-            logger.info("%s: %.3f bits per weight, %.0f s", out, bits, seconds)
+            logger.info("%s: %.3f bits per weight, %.0f s", work.out, bits, seconds)
         work.remove()
         return report
+
+    def dry_run(self, progress: Progress) -> dict[str, Any]:
+        """Check all that a run checks before its first block, and estimate what the run would cost; writes nothing.
+
+        Returns:
+            the plan, see `preflight.Plan`, and the windows that the data fills.
+
+        Raises:
+            UserError: naming the problem.
+        """
+        plan = preflight.plan(self.source, self.config, self.recipe)
+        self.workspace.check_free(plan.disk_bytes)
+        preflight.check_weights(self.source, progress)
+        tokens = self._fitted(gather_tokens(self.source, self.recipe, progress))
+        preflight.check_activations(self.source, tokens, progress)
+        recipe = self.recipe
+        return dataclasses.asdict(plan) | {
+            "seconds": plan.seconds(self.device),
+            "windows": len(tokens),
+            "seqlen": recipe.seqlen,
+            "held_out": recipe.held_out if recipe.trains else 0,
+            "compute_dtype": self.source.compute.to_dict(),
+        }
+
+    def _fitted(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Fit the recipe to the windows that the data has given."""
+        asked, self.recipe = self.recipe, self.recipe.fitted(len(tokens))
+        if self.recipe != asked:
+            r = self.recipe
+            training = f", {r.train_samples} to train on, {r.held_out} held out" if r.trains else ""
+            logger.warning(
+                "the data fills %d windows of %d tokens, %d were asked for: %d to round on%s",
+                len(tokens), r.seqlen, asked.windows, r.samples, training,
+            )  # fmt: skip
+        return tokens
 
     def _stages(self, tokens: torch.Tensor, progress: Progress) -> dict[str, Any]:
         source, recipe, work = self.source, self.recipe, self.workspace
@@ -99,6 +140,7 @@ class Calibration:
             from .plots import write_plots  # matplotlib takes a second to load
 
             write_plots(final / "report", report)
+        write_checksums(final)
         work.publish(final)
         return report
 
@@ -106,6 +148,8 @@ class Calibration:
         """The checkpoint's format, checked against the shapes of the model's layers."""
         block = self.source.empty_block(0)
         config = quant_config(self.recipe, {group: block.in_features(group) for group in block.groups})
+        kept = (*config.modules_to_not_convert, *self.source.other_parts)
+        config = dataclasses.replace(config, modules_to_not_convert=kept)
         try:
             for name, layer in block.linears().items():
                 config.tensors(name, layer.in_features, layer.out_features)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from bq_kernels import reference
-from bq_kernels.format import largest_code, midrise_zero
+from bq_kernels.format import LARGEST_SCALE, SMALLEST_SCALE, largest_code, midrise_zero
 from bq_kernels.packing import pack
 from bq_kernels.reference import levels
 
@@ -14,7 +14,6 @@ DAMPING = 0.01  # share of the mean diagonal added to a Hessian before it is fac
 _CLIP_GRID = [0.30 + 0.05 * n for n in range(15)]
 _ZERO_SHIFTS = (-0.5, -0.25, 0.0, 0.25, 0.5)
 _MOST_FLOATS = 2**28  # in memory at a time while scales are solved for
-_SMALLEST = 2.0**-24  # smallest positive float16: the scale of a group of zeros
 
 
 @dataclass
@@ -77,7 +76,7 @@ def search_scale(
 
     def keep_better(scale, zero):
         nonlocal best, scales, zeros
-        scale = scale.clamp(_SMALLEST, 65504.0).half()
+        scale = scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
         zero = None if zero is None else zero.clamp(-1e4, 1e4).half()
         error = (h * (levels(_nearest(w, scale, zero, bits), scale, zero, bits) - w).square()).sum(-1)
         better = error < best
@@ -90,7 +89,7 @@ def search_scale(
             keep_better(clip * reach * 2 / top, None)
         else:
             scale = clip * (high - low) / top
-            centre = middle - (high + low) / 2 / scale.clamp(min=_SMALLEST)
+            centre = middle - (high + low) / 2 / scale.clamp(min=SMALLEST_SCALE)
             for shift in _ZERO_SHIFTS:
                 keep_better(scale, centre + shift)
     for _ in range(4):
@@ -103,7 +102,7 @@ def search_scale(
             mean_q, mean_w = (h * codes).sum(-1) / total, (h * w).sum(-1) / total
             dq = codes - mean_q.unsqueeze(-1)
             slope = (h * dq * w).sum(-1) / (h * dq * dq).sum(-1).clamp(min=1e-12)
-            keep_better(slope, mean_q - mean_w / slope.clamp(min=_SMALLEST))
+            keep_better(slope, mean_q - mean_w / slope.clamp(min=SMALLEST_SCALE))
     return scales, zeros
 
 
@@ -225,7 +224,7 @@ def _solve_rows(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quantiz
     solution = torch.linalg.solve(normal + ridge * torch.eye(normal.shape[1], device=w.device), target)
     scales = solution[:, :groups]
     usable = (scales > 0.25 * q.scales.float()) & (scales < 4 * q.scales.float())  # else the system was near singular
-    new_scales = torch.where(usable, scales, q.scales.float()).clamp(_SMALLEST, 65504.0).half()
+    new_scales = torch.where(usable, scales, q.scales.float()).clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
     new_zeros = q.zeros
     if q.zeros is not None:
         zeros = middle - solution[:, groups:] / scales

@@ -115,7 +115,7 @@ def _round_and_compare(
     """
     kind, block_size = config.rotation.kind, config.rotation.block(group.layers[0])
     others = {"none": None, "hadamard": hadamard_angles(weight.shape[1], block_size, weight.device)}
-    errors = {}
+    errors, others = {}, others if recipe.compare else {}
     for name, simpler in others.items():
         if name != kind:
             rows, basis = rotated(spread_rows(weight, MOST_ROWS), hessian, simpler, block_size)

@@ -6,7 +6,6 @@ Nothing here imports torch: the flags of the command are generated from `Recipe`
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +24,10 @@ def _setting(
     *,
     choices: tuple = (),
     least: float | None = None,
-    above: float | None = None,
+    most: float | None = None,
 ) -> Any:
     """A field of Recipe: its default, its section and text in --help, and the values that it takes."""
-    metadata = {"section": section, "text": text, "choices": choices, "least": least, "above": above}
+    metadata = {"section": section, "text": text, "choices": choices, "least": least, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -38,17 +37,27 @@ class Recipe:
 
     bits: int = _setting(2, FORMAT, "Bits per weight code.", choices=BITS)
     target_bpw: float | None = _setting(
-        None, FORMAT, "Bits per weight, all that is stored counted, up to which sensitive layers get more bits."
+        None,
+        FORMAT,
+        "Bits per weight, all that is stored counted, up to which sensitive layers get more bits.",
+        least=2,
+        most=8,
     )
     group_size: int = _setting(64, FORMAT, "Columns that share a scale; -1 for the whole row.")
     zero_point: str = _setting(
         "midrise", FORMAT, "Levels: symmetric ones without a zero, or a float zero per group.", choices=ZERO_POINTS
     )
+    unquantized_dtype: str = _setting(
+        "auto",
+        FORMAT,
+        "Embeddings, norms and LM head: bfloat16 where the source is float32, or as in the source.",
+        choices=("auto", "source"),
+    )
     tensor_parallel: int = _setting(
         1, FORMAT, "GPUs: rotation blocks and groups stay inside the shards of row-parallel layers.", least=1
     )
     rotation: str = _setting("butterfly", ROTATION, "Kind of rotation.", choices=ROTATION_KINDS)
-    rotation_block: int | None = _setting(64, ROTATION, "Features that a rotation mixes, or full.")
+    rotation_block: int | None = _setting(64, ROTATION, "Features that a rotation mixes, or full.", least=2)
     init: str = _setting(
         "hadamard", ROTATION, "Angles that learning starts from.", choices=("identity", "hadamard", "random")
     )
@@ -59,11 +68,14 @@ class Recipe:
         choices=("output", "gptq"),
     )
     optimizer: str = _setting("adam", ROTATION, "Adam, or SGD with a cosine schedule.", choices=("adam", "sgd"))
-    lr: float = _setting(0.01, ROTATION, "Learning rate of the angles.", above=0)
+    lr: float = _setting(0.01, ROTATION, "Learning rate of the angles.", least=1e-9, most=1e3)
     steps: int = _setting(60, ROTATION, "Most steps of learning per rotation.", least=0)
-    uniformity: float = _setting(0.0, ROTATION, "Weight λ of the paper's uniformity term.")
+    uniformity: float = _setting(0.0, ROTATION, "Weight λ of the paper's uniformity term.", least=0, most=1e6)
     rounding: str = _setting("gptq", ROUNDING, "To the nearest level, or with error feedback.", choices=("rtn", "gptq"))
     refine: int = _setting(0, ROUNDING, "Sweeps that refine codes and scales after rounding.", least=0)
+    compare: bool = _setting(
+        True, ROUNDING, "Also measure simpler rotations for the report, up to a third of the time of rounding."
+    )
     reconstruct: int = _setting(
         0, TRAINING, "Block-wise QAT (Block-AP): steps per decoder layer; 18 bytes per weight of one layer.", least=0
     )
@@ -78,7 +90,7 @@ class Recipe:
     train_samples: int = _setting(128, DATA, "Sequences for training, those for rounding among them.", least=1)
     held_out: int = _setting(8, DATA, "Further sequences on which the report measures what training gains.", least=0)
     seqlen: int = _setting(2048, DATA, "Tokens per sequence.", least=2)
-    seed: int = _setting(0, DATA, "Seed of everything random.")
+    seed: int = _setting(0, DATA, "Seed of everything random.", least=0, most=2**63 - 1)
 
     @property
     def trains(self) -> bool:
@@ -89,6 +101,25 @@ class Recipe:
     def trains_end_to_end(self) -> bool:
         """Whether the whole model is trained once its blocks are done."""
         return bool(self.finetune or self.distill)
+
+    @property
+    def windows(self) -> int:
+        """Sequences that the run asks for, those that are held out among them."""
+        return max(self.samples, self.train_samples) + self.held_out if self.trains else self.samples
+
+    def fitted(self, windows: int) -> Recipe:
+        """The recipe for data of fewer sequences than it asks for: nothing that is held out is rounded or trained on.
+
+        Raises:
+            UserError: if not even one sequence is left to train on.
+        """
+        if windows >= self.windows:
+            return self
+        held_out = min(self.held_out, windows // 4) if self.trains else self.held_out
+        rest = windows - held_out if self.trains else windows
+        return dataclasses.replace(
+            self, samples=min(self.samples, rest), train_samples=min(self.train_samples, rest), held_out=held_out
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as the report holds them."""
@@ -138,12 +169,15 @@ def make_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     recipe = dataclasses.replace(RECIPES[name], **overrides)
     for field in fields.values():
         value, allowed = getattr(recipe, field.name), field.metadata
-        if allowed["choices"] and value not in allowed["choices"]:
-            raise UserError(f"{flag(field.name)} {value}: expected one of {', '.join(map(str, allowed['choices']))}")
-        if allowed["least"] is not None and value < allowed["least"]:
-            raise UserError(f"{flag(field.name)} {value}: expected at least {allowed['least']}")
-        if allowed["above"] is not None and not allowed["above"] < value < math.inf:
-            raise UserError(f"{flag(field.name)} {value}: expected a number above {allowed['above']}")
+        least, most, choices = allowed["least"], allowed["most"], allowed["choices"]
+        if choices and value not in choices:
+            raise UserError(f"{flag(field.name)} {value}: expected one of {', '.join(map(str, choices))}")
+        if value is None:
+            continue
+        if least is not None and not value >= least:  # NaN is not
+            raise UserError(f"{flag(field.name)} {value}: expected at least {least}")
+        if most is not None and not value <= most:
+            raise UserError(f"{flag(field.name)} {value}: expected at most {most}")
     return recipe
 
 

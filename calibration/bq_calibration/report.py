@@ -9,7 +9,8 @@ from typing import Any
 
 from bq_kernels.format import QuantConfig
 
-from .checkpoint import verify
+from .checkpoint import REPORT, verify
+from .compute import dtype_name
 from .data import dataset_name
 from .files import write_json
 from .model import SourceModel
@@ -44,7 +45,7 @@ def write_report(
     Raises:
         UserError: if the checkpoint breaks the format or the report cannot be written.
     """
-    verified = verify(folder)
+    verified = verify(folder, {dtype_name(source.kept_dtype(name)) for name in source.store.names()})
     inputs = [report for block in blocks for report in block["inputs"]]
     reconstruction = [block["reconstruction"] for block in blocks]
     report = {
@@ -60,13 +61,14 @@ def write_report(
             "checkpoint_bytes": verified.total_bytes,
             "source_bytes": sum(source.store.nbytes(name) for name in source.store.names()),
         },
+        "unquantized_dtypes": verified.unquantized_dtypes,
         "inputs": inputs,
         "reconstruction": reconstruction,
         "stages": stages,
         "gains": gains(recipe, inputs, reconstruction, stages),
         "run": run,
     }
-    write_json(folder / "bq_report.json", report)
+    write_json(folder / REPORT, report)
     return report
 
 
@@ -81,7 +83,7 @@ def gains(
     Layers and blocks are means over all of them: errors relative to the output, and losses on held-out text.
     """
     kinds = ("none", "hadamard", "butterfly")
-    kinds = kinds[: 1 + kinds.index(recipe.rotation)]
+    kinds = [kind for kind in kinds[: 1 + kinds.index(recipe.rotation)] if kind in inputs[0]["relative_output_error"]]
     errors = [mean(report["relative_output_error"][kind] for report in inputs) for kind in kinds]
     measure = "output error of a layer"
     rows = [(f"rotation, {kind}", measure, *pair) for kind, pair in zip(kinds[1:], pairwise(errors), strict=True)]

@@ -4,20 +4,18 @@ straight-through quantizer. Up to the dtype of the products they compute the sam
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
-from bq_kernels.format import QuantConfig, largest_code
+from bq_kernels.format import LARGEST_SCALE, SMALLEST_SCALE, QuantConfig, largest_code
 from bq_kernels.packing import pack, unpack
 from bq_kernels.reference import angles_of, levels, zero_point
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from .block import Block
-from .model import SourceModel, TensorStore
+from .model import SourceModel
 from .rotation import ButterflyRotation
+from .skeleton import empty_model
+from .store import TensorStore
 
 INIT_MARGIN = 0.45  # how far from its stored code, in steps, a latent code may be when training begins
 # weights per decoder layer from which activations inside layers are computed again for the backward pass, not kept
@@ -153,17 +151,21 @@ class QuantizedLinear(nn.Module):
         if self.codes.is_floating_point():
             self.codes.clamp_(-0.5, largest_code(self.bits) + 0.5)
 
+    def _scales(self) -> torch.Tensor:
+        """Scales in the range that the format allows."""
+        return (self.initial_scales * self.scale_ratio).clamp(SMALLEST_SCALE, LARGEST_SCALE)
+
     def stored(self) -> dict[str, torch.Tensor]:
         """Codes, scales and zeros as the checkpoint holds them."""
         packed = self.codes.detach()
         if packed.is_floating_point():
             packed = pack(packed.round().clamp(0, largest_code(self.bits)).to(torch.uint8).flatten(1), self.bits)
-        kept = {"qweight": packed, "scales": (self.initial_scales * self.scale_ratio).detach().half()}
+        kept = {"qweight": packed, "scales": self._scales().detach().half()}
         return kept | ({} if self.zeros is None else {"zeros": self.zeros.detach().half()})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """W′ Q x + bias in the rotation's dtype, accumulated in float32; x [..., K]."""
-        scales = as_stored(self.initial_scales * self.scale_ratio, torch.float16)
+        scales = as_stored(self._scales(), torch.float16)
         zeros = None if self.zeros is None else as_stored(self.zeros, torch.float16)
         y = QuantLinearFunction.apply(self.rotation(x), self.codes, scales, zeros, self.bits)
         return y if self.bias is None else y + self.bias
@@ -227,7 +229,7 @@ class Trainable:
         """Put trainable norms in place of those inside `module`, whose name in the checkpoint starts with `prefix`."""
         for name, norm in list(module.named_modules()):
             if name.endswith("norm") and isinstance(getattr(norm, "weight", None), nn.Parameter):
-                dtype = self.source.store.dtype(f"{prefix}{name}.weight")
+                dtype = self.source.kept_dtype(f"{prefix}{name}.weight")
                 self.norms[prefix + name] = _Norm(norm, dtype)
                 module.set_submodule(name, self.norms[prefix + name])
 
@@ -271,38 +273,36 @@ class Student(Trainable):
 
     def __init__(self, source: SourceModel, config: QuantConfig, packed: TensorStore, train_codes: bool = False):
         super().__init__(source, config, train_codes)
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
-        kept = {
-            name: (packed if name in packed else source.store).get(name).float()
-            for name in self.model.state_dict()
-            if name in source.store and not self._is_packed(name)
-        }
-        self.model.load_state_dict(kept, assign=True, strict=False)
-        self.model.tie_weights()
-        self.model.requires_grad_(False)
+        model, prefix = empty_model(source.config, torch.float32), f"{source.decoder_name}."
+        self.decoder, self.head = model.get_submodule(source.decoder_name), model.lm_head
+        names = {name: prefix + name for name in self.decoder.state_dict() if not self._is_packed(prefix + name)}
+        kept = {name: (packed if full in packed else source.store).get(full) for name, full in names.items()}
+        self.decoder.load_state_dict({name: t.float() for name, t in kept.items()}, assign=True, strict=False)
+        self.decoder.requires_grad_(False)
         blocks = [
             Block(index, source.block_prefix(index), layer, source.groups, {})
-            for index, layer in enumerate(self.model.model.layers)
+            for index, layer in enumerate(self.decoder.layers)
         ]
         if sum(linear.weight.numel() for linear in blocks[0].linears().values()) >= RECOMPUTE_FROM:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
         for block in blocks:
             self.replace_linears(block, packed)
-        self.replace_norms(self.model, "")
-        self.model.to(source.device).train()
-        # a copy, so that an embedding which it is tied to stays float32
-        self.head = copy.deepcopy(self.model.lm_head).to(source.training_dtype)
+        self.replace_norms(self.decoder, prefix)
+        self.decoder.to(source.device).train()
+        # a tensor of its own, so that an embedding which it is tied to stays float32
+        head = {name: source.store.get(source.head_prefix + name) for name in self.head.state_dict()}
+        self.head.load_state_dict({name: t.to(source.training_dtype) for name, t in head.items()}, assign=True)
+        self.head.requires_grad_(False).to(source.device)
 
     def _is_packed(self, name: str) -> bool:
-        return name.startswith("model.layers.") and any(
+        return name.startswith(f"{self.source.decoder_name}.layers.") and any(
             name.endswith(layer + ".weight") for group in self.source.groups for layer in group.layers
         )
 
     def states(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states in front of the LM head, [samples, seqlen, hidden]."""
         with self.autocast():
-            return self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
+            return self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Float32 logits of hidden states, by the LM head that both models share."""

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,27 +16,32 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .errors import UserError, WriteError
+from .errors import UserError, WriteError, explain_write
 from .files import write_json, write_tensors
+
+BEAT = 5.0  # seconds between marks of the clock
 
 
 class Workspace:
-    """`OUT.partial` beside the output folder; every file in it is written whole or not at all.
+    """The unfinished run's folder: `OUT.partial` beside the output folder, or inside it where that is a mount point.
 
-    The output folder appears at the very end, complete.
+    Every file in it is written whole or not at all. The output folder appears at the very end, complete.
 
     Args:
-        out: the output folder.
+        out: the output folder; a symbolic link stands for its target.
         resume: whether to go on from an earlier, interrupted run.
 
     Attributes:
         path: the folder.
+        log: file for log lines.
         resumed: whether an earlier run has left work here.
     """
 
     def __init__(self, out: Path, resume: bool):
-        self.out, self.resume = out, resume
-        self.path = out.with_name(out.name + ".partial")
+        self.out, self.resume = (out.resolve() if out.is_symlink() else out), resume
+        self._inside = self.out.is_mount()  # nothing can be moved onto a mount point
+        self.path = self.out / ".partial" if self._inside else self.out.with_name(self.out.name + ".partial")
+        self.log = self.out / "calibrate.log" if self._inside else self.out.with_name(self.out.name + ".log")
         self.resumed = False
         self._started, self._elapsed_before = time.time(), 0.0
 
@@ -53,30 +59,58 @@ class Workspace:
             UserError: if the output folder is not empty, another run works on it, an earlier run is unfinished or had
                 other settings, or something cannot be written.
         """
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise UserError(f"{self.out} exists and is not empty; choose another output folder or remove it")
-        record = self.path / "settings.json"
-        if not self.resume and record.exists():
-            raise UserError(f"{self.path} holds an unfinished run; continue it with --resume, or remove the folder")
+        self._check_out()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._check_space(needed_bytes)
             with self._locked():
+                record = self.path / "settings.json"
                 self.resumed = record.exists()
+                if self.resumed and not self.resume:
+                    raise UserError(
+                        f"{self.path} holds an unfinished run; continue it with --resume, or remove the folder"
+                    )
                 if self.resumed:
                     self._check_settings(settings, json.loads(record.read_text()))
-                self._start_clock()
-                write_json(record, settings)
-                yield
+                self._check_space(needed_bytes)
+                with self._clock():
+                    write_json(record, settings)
+                    yield
         except WriteError as error:
             raise UserError(
                 f"{error}. Finished blocks are kept: free some space and run again with --resume"
             ) from error
-        except PermissionError as error:
-            raise UserError(f"{self.out}: cannot be written ({error})") from error
+
+    def check_free(self, needed_bytes: int) -> None:
+        """Refuse an output folder that a run could not write, by trying, and leave nothing behind.
+
+        Raises:
+            UserError: as `opened`.
+        """
+        existed = self.path.exists()
+        missing = [folder for folder in self.path.parents if not folder.exists()]
+        self._check_out()
+        try:
+            with self._locked():
+                self._check_space(needed_bytes)
+        finally:
+            if not existed:
+                self.remove()
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+    def _check_out(self) -> None:
+        own = {self.path.name, self.log.name} if self._inside else set()
+        try:
+            if self.out.exists() and (not self.out.is_dir() or {f.name for f in self.out.iterdir()} - own):
+                raise UserError(f"{self.out} exists and is not empty; choose another output folder or remove it")
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "lock").touch()
+        except OSError as error:
+            raise UserError(f"{self.out}: cannot be written ({error}); choose another output folder") from error
 
     def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.path).free
+        present = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        free = shutil.disk_usage(self.path).free + present
         if free < needed:
             raise UserError(
                 f"{self.path.parent}: no space left: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed; "
@@ -89,7 +123,7 @@ class Workspace:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"{self.out} is in use by another running bq-calibrate") from error
+                raise UserError(f"{self.out} is in use by another running bq-calibrate; let it end first") from error
             yield
 
     def _check_settings(self, settings: dict[str, Any], before: dict[str, Any]) -> None:
@@ -102,14 +136,30 @@ class Workspace:
 
     # ---- the clock
 
-    def _start_clock(self) -> None:
-        """Count the time of interrupted processes of this run, each up to the last tensors that it saved."""
+    @contextlib.contextmanager
+    def _clock(self) -> Iterator[None]:
+        """Count the time of interrupted processes of this run: each marked the clock every few seconds."""
         clock = self.path / "clock.json"
         if clock.exists():
             before = json.loads(clock.read_text())
-            saved = max((file.stat().st_mtime for file in self.path.rglob("*.safetensors")), default=0.0)
-            self._elapsed_before = before["elapsed_before"] + max(0.0, saved - before["started"])
+            self._elapsed_before = before["elapsed_before"] + max(0.0, clock.stat().st_mtime - before["started"])
         write_json(clock, {"started": self._started, "elapsed_before": self._elapsed_before})
+        ended = threading.Event()
+
+        def mark() -> None:
+            while not ended.wait(BEAT):
+                with contextlib.suppress(OSError):
+                    os.utime(clock)
+
+        marker = threading.Thread(target=mark, daemon=True)
+        marker.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            marker.join()
+            with contextlib.suppress(OSError):
+                os.utime(clock)
 
     def elapsed(self) -> float:
         """Seconds of the whole run, interrupted processes included."""
@@ -156,9 +206,18 @@ class Workspace:
     # ---- the end
 
     def publish(self, finished: Path) -> None:
-        """Move a finished checkpoint to its place."""
-        os.replace(finished, self.out)
+        """Move a finished checkpoint to its place.
+
+        Raises:
+            WriteError: if that fails.
+        """
+        with explain_write(self.out):
+            if not self._inside:
+                os.replace(finished, self.out)
+                return
+            for file in sorted(finished.iterdir(), key=lambda file: file.name == "config.json"):  # the config last
+                os.replace(file, self.out / file.name)
 
     def remove(self) -> None:
         """Remove the folder, once the checkpoint is published."""
-        shutil.rmtree(self.path)
+        shutil.rmtree(self.path, ignore_errors=True)

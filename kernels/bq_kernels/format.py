@@ -19,6 +19,7 @@ ZERO_POINTS = ("midrise", "float")
 ROTATION_KINDS = ("butterfly", "hadamard", "none")
 GROUP_MULTIPLE = 32  # 32 codes fill whole int32 words for 2, 3 and 4 bits alike
 PER_CHANNEL = -1
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # positive float16
 
 
 class FormatError(ValueError):
@@ -27,13 +28,14 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype that a stored tensor must have."""
+    """Shape and dtype that a stored tensor must have; with `positive`, its values must be above zero."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    positive: bool = False
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
-        """Refuse `tensor` unless it has this shape and dtype and, if it holds floats, only finite ones.
+        """Refuse `tensor` unless it has this shape and dtype and, if it holds floats, only finite and allowed ones.
 
         Raises:
             FormatError: naming the tensor and what was expected.
@@ -44,6 +46,10 @@ class TensorSpec:
             )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise FormatError(f"{name}: holds NaN or infinity; the checkpoint is damaged, write or download it again")
+        if self.positive and not bool((tensor > 0).all()):
+            raise FormatError(
+                f"{name}: holds zero or a negative number, scales are positive; write or download the checkpoint again"
+            )
 
 
 def largest_code(bits: int) -> int:
@@ -238,7 +244,7 @@ class QuantConfig:
         groups = (out_features, in_features // group)
         specs = {
             "qweight": TensorSpec((out_features, in_features * self.bits_of(module) // 32), torch.int32),
-            "scales": TensorSpec(groups, torch.float16),
+            "scales": TensorSpec(groups, torch.float16, positive=True),
         }
         if self.zero_point == "float":
             specs["zeros"] = TensorSpec(groups, torch.float16)

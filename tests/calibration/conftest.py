@@ -1,5 +1,6 @@
 """Tiny models of every supported architecture, with a tokenizer and text, all made here."""
 
+import json
 import random
 from pathlib import Path
 
@@ -30,6 +31,77 @@ CONFIGS = {
     ),
     "phi3": lambda: transformers.Phi3Config(**SIZES),
 }
+# multimodal models: a picture of 32 x 32 pixels is 4 x 4 patches, of which 2 x 2 each become a token
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+VISION = dict(hidden_size=64, intermediate_size=96, patch_size=8)
+SIGLIP = VISION | dict(num_hidden_layers=2, num_attention_heads=2, image_size=32)
+QWEN_VISION = VISION | dict(depth=2, num_heads=2, out_hidden_size=SIZES["hidden_size"])
+QWEN_TOKENS = dict(vision_start_token_id=259, vision_end_token_id=260, image_token_id=261, video_token_id=262)
+MULTIMODAL_CONFIGS = {
+    "gemma3": lambda: transformers.Gemma3Config(
+        text_config=CONFIGS["gemma3_text"](),
+        vision_config=SIGLIP | dict(vision_use_head=False),
+        mm_tokens_per_image=4,
+        boi_token_index=259,
+        eoi_token_index=260,
+        image_token_index=261,
+    ),
+    "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
+        text_config=SIZES | dict(rope_parameters=MROPE),
+        vision_config=QWEN_VISION | dict(window_size=32, fullatt_block_indexes=[1]),
+        **QWEN_TOKENS,
+    ),
+    "qwen3_vl": lambda: transformers.Qwen3VLConfig(
+        text_config=SIZES | dict(rope_parameters=MROPE | dict(mrope_interleaved=True), head_dim=32),
+        vision_config=QWEN_VISION | dict(num_position_embeddings=16, deepstack_visual_indexes=[0]),
+        **QWEN_TOKENS,
+    ),
+    "mistral3": lambda: transformers.Mistral3Config(
+        text_config=SIZES | dict(model_type="mistral", sliding_window=None),
+        vision_config=SIGLIP | dict(model_type="pixtral", head_dim=32),
+        image_token_index=259,
+        tie_word_embeddings=False,
+    ),
+}
+QWEN_MEDIA = dict(start="<|vision_start|>", end="<|vision_end|>", image_token="<|image_pad|>", video="<|video_pad|>")
+MEDIA_TOKENS = {  # from 259 on
+    "gemma3": dict(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
+    | {f"newline_{n}": "\n" * n for n in (1, 2, 3, 4)},  # its processor puts some around a picture
+    "qwen2_5_vl": QWEN_MEDIA,
+    "qwen3_vl": QWEN_MEDIA,
+    "mistral3": dict(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]"),
+}
+QWEN_PROCESSOR = dict(patch_size=8, merge_size=2, temporal_patch_size=2)
+PROCESSORS = {  # files of a multimodal model, beside those of its tokenizer
+    "gemma3": {
+        "preprocessor_config": dict(
+            image_processor_type="Gemma3ImageProcessor",
+            size=dict(height=32, width=32),
+            processor_class="Gemma3Processor",
+        ),
+        "processor_config": dict(processor_class="Gemma3Processor", image_seq_length=4),
+    },
+    "qwen2_5_vl": {
+        "preprocessor_config": QWEN_PROCESSOR
+        | dict(image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor")
+        | dict(min_pixels=256, max_pixels=1024),
+    },
+    "qwen3_vl": {
+        "preprocessor_config": QWEN_PROCESSOR
+        | dict(image_processor_type="Qwen2VLImageProcessorFast", processor_class="Qwen3VLProcessor")
+        | dict(size=dict(shortest_edge=256, longest_edge=1024)),
+        "video_preprocessor_config": QWEN_PROCESSOR
+        | dict(video_processor_type="Qwen3VLVideoProcessor", processor_class="Qwen3VLProcessor")
+        | dict(size=dict(shortest_edge=256, longest_edge=4096)),
+    },
+    "mistral3": {
+        "preprocessor_config": dict(
+            image_processor_type="PixtralImageProcessor", patch_size=8, size=dict(longest_edge=32)
+        ),
+        "processor_config": dict(processor_class="PixtralProcessor", patch_size=8, spatial_merge_size=2)
+        | MEDIA_TOKENS["mistral3"],
+    },
+}
 WORDS = [f"w{n}" for n in range(100)]
 
 
@@ -45,7 +117,9 @@ def make_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = t
     from tokenizers.pre_tokenizers import ByteLevel
 
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](), dtype=dtype)
+    config = (CONFIGS | MULTIMODAL_CONFIGS)[architecture]()
+    kind = "ImageTextToText" if architecture in MULTIMODAL_CONFIGS else "CausalLM"
+    model = getattr(transformers, f"AutoModelFor{kind}").from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
@@ -58,9 +132,15 @@ def make_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = t
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=MEDIA_TOKENS.get(architecture, {}),
     )
     fast.save_pretrained(folder)
+    for name, settings in PROCESSORS.get(architecture, {}).items():
+        (folder / f"{name}.json").write_text(json.dumps(settings))
     return folder
 
 

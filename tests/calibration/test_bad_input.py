@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def change_tensors(folder: Path, change) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "SHA256SUMS").unlink(missing_ok=True)  # what breaks the format is refused without checksums too
 
 
 def change_config(folder: Path, **values) -> None:
@@ -121,7 +123,7 @@ def test_truncated_shard(command, broken):
     data = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
     result = command("inspect", broken)
-    assert result.returncode == 1 and "model.safetensors: cannot be read, truncated or damaged" in result.stderr
+    assert result.returncode == 1 and re.search(r"model\.safetensors: damaged, \d+ bytes of \d+", result.stderr)
 
 
 def test_transformers_refuses_what_inspect_refuses(broken):
@@ -224,7 +226,7 @@ def test_no_space_left_on_disk(command, tmp_path, model, text):
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size // 8}", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("file systems cannot be mounted here")
     try:

@@ -5,7 +5,6 @@ import math
 import bq_calibration.hf
 import pytest
 import torch
-from bq_calibration.data import tokenize
 from bq_calibration.errors import UserError
 from bq_calibration.evaluation import Evaluator
 from rich.progress import Progress
@@ -28,6 +27,43 @@ def test_float16_tensors_stay_exact_in_a_bfloat16_model(checkpoint):
         expected = stored[f"model.layers.1.mlp.down_proj.{suffix}"]
         assert torch.equal(getattr(layer, suffix).to(expected.dtype), expected)
     assert loaded.model.norm.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize(
+    "cast", [lambda model: model.to(torch.bfloat16), lambda model: model.bfloat16().to(torch.float32)]
+)
+def test_casting_a_model_does_not_round_the_format(checkpoint, monkeypatch, cast, kernels):
+    monkeypatch.setattr(bq_calibration.hf, "runs_kernels", lambda device: kernels)
+    ids = torch.randint(3, 30, (2, 9))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model(input_ids=ids)  # layers prepare themselves at their first call
+    cast(model)
+    dtype = model.model.norm.weight.dtype
+    stored = load_file(checkpoint / "model.safetensors")
+    for name, module in model.named_modules():
+        if isinstance(module, bq_calibration.hf.ButterflyLinear):
+            for suffix in ("qweight", "scales", "angles"):
+                expected = stored[f"{name}.{suffix}"]
+                assert torch.equal(getattr(module, suffix).to(expected.dtype), expected)
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    loaded.to(torch.bfloat16).to(dtype)  # rounds the frequencies of the positions, as of any model
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+def test_a_cast_layer_keeps_its_bias_in_the_models_dtype(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    layer = model.model.layers[0].self_attn.o_proj
+    layer.bias = torch.nn.Parameter(torch.full((layer.out_features,), 1 / 3))
+    x = torch.randn(1, layer.in_features)
+    with torch.no_grad():
+        before = layer(x)
+    layer.to(torch.bfloat16)
+    assert layer.bias.dtype == torch.bfloat16 and layer.qweight.dtype == torch.int32
+    layer.to("cpu", torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), before, rtol=1e-2, atol=1e-2)
 
 
 def test_generation(checkpoint):
@@ -60,7 +96,7 @@ def test_perplexity_follows_the_protocol(which, model, checkpoint, text):
     path = model if which == "16-bit" else checkpoint
     context = 64
     found = Evaluator(str(path), "float32", "cpu").perplexity(str(text), context, None, Progress(disable=True))
-    tokens = tokenize(AutoTokenizer.from_pretrained(path), text.read_text())
+    tokens = AutoTokenizer.from_pretrained(path)(text.read_text(), verbose=False)["input_ids"]  # adds no BOS
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     losses = []
     for start in range(0, len(tokens) - context + 1, context):

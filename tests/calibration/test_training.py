@@ -15,11 +15,12 @@ from bq_calibration import train as train_module
 from bq_calibration.checkpoint import read_config, verify
 from bq_calibration.data import calibration_tokens
 from bq_calibration.distill import divergence, held_out, teacher_states
-from bq_calibration.model import SourceModel, TensorStore
+from bq_calibration.model import SourceModel
 from bq_calibration.pipeline import Calibration
 from bq_calibration.recipes import make_recipe
 from bq_calibration.reconstruct import reconstruct
 from bq_calibration.sampling import sample_at
+from bq_calibration.store import TensorStore
 from bq_calibration.student import INIT_MARGIN, QuantLinearFunction, Student
 from bq_kernels.packing import pack, unpack
 from bq_kernels.reference import levels
@@ -171,7 +172,7 @@ def test_large_blocks_compute_activations_twice_to_the_same_bytes(model, text, t
     again = []
     with monkeypatch.context() as patch:
         patch.setattr(student_module, "RECOMPUTE_FROM", 1)
-        patch.setattr(Student, "clamp_codes", lambda student: again.append(student.model.is_gradient_checkpointing))
+        patch.setattr(Student, "clamp_codes", lambda student: again.append(student.decoder.is_gradient_checkpointing))
         recomputed = run(model, tmp_path / "recomputed", text, distill=3)
     assert again == [True] * 3
     assert (kept / "model.safetensors").read_bytes() == (recomputed / "model.safetensors").read_bytes()

@@ -135,7 +135,7 @@ def test_tensors_of_a_layer():
     config = QuantConfig.from_dict(changed(zero_point="float"))
     assert config.tensors("mlp.down_proj", 1536, 576) == {
         "qweight": TensorSpec((576, 96), torch.int32),
-        "scales": TensorSpec((576, 24), torch.float16),
+        "scales": TensorSpec((576, 24), torch.float16, positive=True),
         "zeros": TensorSpec((576, 24), torch.float16),
         "angles": TensorSpec((3, 9 * 256), torch.float16),
     }
@@ -148,7 +148,7 @@ def test_tensors_of_a_layer():
     plain = QuantConfig(bits=3, group_size=-1, rotation=RotationConfig("none", {})).tensors("q_proj", 576, 192)
     assert plain == {
         "qweight": TensorSpec((192, 54), torch.int32),
-        "scales": TensorSpec((192, 1), torch.float16),
+        "scales": TensorSpec((192, 1), torch.float16, positive=True),
     }
 
 
@@ -179,6 +179,17 @@ def test_refuses_layers_that_do_not_fit(config, in_features, message):
 def test_refuses_tensors(tensor, message):
     with pytest.raises(FormatError, match=message):
         TensorSpec((2, 3), torch.float16).check("x.scales", tensor)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5])
+def test_scales_are_positive(value):
+    tensor = torch.full((2, 3), 0.25, dtype=torch.float16)
+    scales = QuantConfig(rotation=RotationConfig("none", {})).tensors("x", 64 * 3, 2)["scales"]
+    scales.check("x.scales", tensor)
+    tensor[1, 2] = value
+    with pytest.raises(FormatError, match=r"x\.scales: holds zero or a negative number"):
+        scales.check("x.scales", tensor)
+    TensorSpec((2, 3), torch.float16).check("x.zeros", tensor)
 
 
 def test_accepts_tensors():

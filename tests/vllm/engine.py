@@ -12,6 +12,17 @@ import sys
 from pathlib import Path
 
 
+def prompt_of(prompt: list[int] | dict) -> dict:
+    """A prompt as vLLM takes it, from token ids or from a text with a random picture of 32 x 32 pixels."""
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": prompt}
+    import numpy
+    from PIL import Image
+
+    pixels = numpy.random.default_rng(prompt["picture"]).integers(0, 256, (32, 32, 3), dtype=numpy.uint8)
+    return {"prompt": prompt["text"], "multi_modal_data": {"image": Image.fromarray(pixels)}}
+
+
 def generate(llm, job: dict, lora: str | None = None) -> list[dict]:
     """Greedy tokens for every prompt of a job, and their log-probabilities if it wants them."""
     from vllm import SamplingParams
@@ -20,7 +31,7 @@ def generate(llm, job: dict, lora: str | None = None) -> list[dict]:
     sampling = SamplingParams(
         temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=job["logprobs"], detokenize=False
     )
-    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    prompts = [prompt_of(prompt) for prompt in job["prompts"]]
     request = LoRARequest("adapter", 1, lora) if lora else None
     answers = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False, lora_request=request)]
     return [

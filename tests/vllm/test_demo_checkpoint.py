@@ -124,12 +124,15 @@ def test_sixteen_clients_get_the_text_of_offline_generation(answers, prompts, tm
 def test_offline_example(tmp_path):
     script = Path(__file__).parents[2] / "examples" / "offline_batch.py"
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(json.dumps({"prompt": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)))
+    prompts = [TEXTS[0], "word " * 400, TEXTS[1]]
+    source.write_text("".join(json.dumps({"prompt": text, "id": i}) + "\n" for i, text in enumerate(prompts)))
     dtype = dtype_name(native_dtype(torch.bfloat16, "cpu"))
     call = [sys.executable, script, CHECKPOINT, source, target, "--max-tokens", 4, "--eager", "--max-model-len", 256]
     call += ["--dtype", dtype]
     done = subprocess.run([str(part) for part in call], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [(line["prompt"], line["id"]) for line in lines] == [(text, i) for i, text in enumerate(TEXTS)]
-    assert all(line["text"] for line in lines)
+    assert [(line["prompt"], line["id"]) for line in lines] == [(text, i) for i, text in enumerate(prompts)]
+    assert lines[0]["text"] and lines[2]["text"]
+    assert "text" not in lines[1] and "the model takes 1 to 255" in lines[1]["error"]
+    assert "1 of 3 prompts were too long or empty" in done.stderr

@@ -255,6 +255,8 @@ K_PROJ = LAYER + "self_attn.k_proj."
         ({"qweight": None}, r"k_proj\.qweight: missing from the checkpoint; expected torch\.int32 \[64, 8\]"),
         ({"angles": None}, r"k_proj\.angles: missing from the checkpoint; expected torch\.float16 \[2, 192\]"),
         ({"scales": NAN}, r"k_proj\.scales: holds NaN or infinity"),
+        ({"scales": NAN.nan_to_num(0)}, r"k_proj\.scales: holds zero or a negative number"),
+        ({"scales": NAN.nan_to_num(-1)}, r"k_proj\.scales: holds zero or a negative number"),
         ({"scales": NAN[:, :2].nan_to_num(1)}, r"k_proj\.scales: expected .*\[64, 4\], found .*\[64, 2\]"),
         ({"scales": NAN.nan_to_num(1).float()}, r"k_proj\.scales: expected torch\.float16 .* found torch\.float32"),
         ({"angles": torch.ones(2, 192).half()}, r"q_proj\.angles and model.*k_proj\.angles differ"),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -9,6 +10,7 @@ from importlib.metadata import entry_points
 import pytest
 import tiny
 import torch
+from bq_kernels.checksums import write_sums
 from bq_kernels.format import FormatError
 
 
@@ -114,6 +116,34 @@ def test_missing_file_is_refused(config, tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
     with pytest.raises(FormatError, match=r"model-2\.safetensors: missing"):
         config().maybe_update_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 1}', '{"weight_map": {"a": 1}}', "[" * 100_000])
+def test_broken_index_is_refused(config, tmp_path, text):
+    (tiny.write_checkpoint(tmp_path) / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(FormatError, match=r"model\.safetensors\.index\.json: not a valid index"):
+        config().maybe_update_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+def test_changed_bit_is_refused(config, tmp_path, monkeypatch, name):
+    for variable in ("BQ_VERIFY", "_BQ_VERIFIED"):
+        monkeypatch.delenv(variable, raising=False)
+    path = tiny.write_checkpoint(tmp_path) / name
+    for other in ("tokenizer.json", "generation_config.json"):
+        (tmp_path / other).write_text("{}")
+    write_sums(tmp_path)
+    config().maybe_update_config(str(tmp_path))
+    data, chooser = path.read_bytes(), random.Random(name)
+    for place in (0, len(data) - 1, *(chooser.randrange(len(data)) for _ in range(10))):
+        changed = bytearray(data)
+        changed[place] ^= 1 << chooser.randrange(8)
+        path.write_bytes(changed)
+        with pytest.raises(FormatError, match=name.replace(".", r"\.")):
+            config().maybe_update_config(str(tmp_path))
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    monkeypatch.setenv("BQ_VERIFY", "0")
+    config().maybe_update_config(str(tmp_path))
 
 
 def test_methods_of_layers(config, linear):

@@ -1,0 +1,182 @@
+"""The gate in front of the first block: the source read and hashed, its activations in range, room for the results."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from bq_kernels.format import QuantConfig
+from rich.progress import Progress
+
+from .block import TOKENS_PER_BATCH, Block
+from .compute import dtype_name, operations_per_second
+from .distill import TOKENS_PER_STEP
+from .errors import UserError, explain
+from .model import SourceModel
+from .recipes import Recipe
+from .rotation import MOST_ROWS
+from .student import RECOMPUTE_FROM
+
+_CHUNK = 2**24  # bytes that are hashed at a time
+
+
+def fingerprint(files: list[Path], progress: Progress, title: str) -> str:
+    """SHA-256 over names and contents of files, in their order."""
+    total = hashlib.sha256()
+    task = progress.add_task(title, total=sum(file.stat().st_size for file in files))
+    for file in files:
+        total.update(file.name.encode() + b"\0")
+        with open(file, "rb") as handle:
+            while chunk := handle.read(_CHUNK):
+                total.update(chunk)
+                progress.advance(task, len(chunk))
+    progress.remove_task(task)
+    return total.hexdigest()
+
+
+def source_fingerprint(source: SourceModel, progress: Progress) -> str:
+    """SHA-256 of everything in the source that a checkpoint is made of: weights, config, tokenizer."""
+    beside = [f for f in sorted(source.folder.glob("*.json")) if f.name != "bq_report.json"]
+    return fingerprint([*source.store.files, *beside], progress, "fingerprint of the model")
+
+
+def data_fingerprint(datasets: str, progress: Progress) -> str | None:
+    """SHA-256 of the local files among data sets; None where there are none."""
+    files = [Path(part) for part in datasets.split(",") if Path(part).is_file()]
+    return fingerprint(files, progress, "fingerprint of the data") if files else None
+
+
+def check_weights(source: SourceModel, progress: Progress) -> None:
+    """Refuse NaN and infinity in any tensor of the source, before hours of work on the others.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    task = progress.add_task("checking the weights", total=len(source.store.names()))
+    for name in source.store.names():
+        source.read(name)
+        progress.advance(task)
+    progress.remove_task(task)
+
+
+def check_activations(source: SourceModel, tokens: torch.Tensor, progress: Progress) -> None:
+    """Run one sample through the first layer; where the run computes in float16, through all, for they may overflow.
+
+    Args:
+        source: the 16-bit model.
+        tokens: int64 [samples, seqlen].
+
+    Raises:
+        UserError: if a layer does not run, or naming the first whose activations are not finite.
+    """
+    count = source.num_blocks if source.dtype == torch.float16 else min(1, source.num_blocks)
+    task = progress.add_task("checking the activations", total=count)
+    with explain(f"{source.folder / 'config.json'}: the model does not run with it"):
+        hidden = source.embed(tokens[:1])
+        for index in range(count):
+            with source.block(index) as block:
+                block.run(hidden, out=hidden)
+            if not bool(torch.isfinite(hidden).all()):
+                raise UserError(
+                    f"the activations behind block {index} overflow {dtype_name(source.dtype)}; "
+                    "use --compute-dtype bfloat16 or float32, also to serve (vllm serve --dtype bfloat16)"
+                )
+            progress.advance(task)
+    progress.remove_task(task)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a run, before it begins.
+
+    Attributes:
+        bits_per_weight: of the linear layers, all that is stored counted.
+        checkpoint_bytes: of all tensors of the checkpoint.
+        disk_bytes: free space that the run needs, unfinished work included.
+        memory_bytes: main memory, or memory of the GPU, about.
+        operations: floating-point operations, about.
+    """
+
+    bits_per_weight: float
+    checkpoint_bytes: int
+    disk_bytes: int
+    memory_bytes: int
+    operations: float
+
+    def seconds(self, device: torch.device) -> float | None:
+        """Time on this CPU, about; None for other devices, whose rate is not known before they work."""
+        return self.operations / operations_per_second() if device.type == "cpu" else None
+
+
+def plan(source: SourceModel, config: QuantConfig, recipe: Recipe) -> Plan:
+    """Estimate the cost of a run from the model's shapes and the recipe."""
+    block, count = source.empty_block(0), source.num_blocks
+    packed = shared = weights = features = 0  # of one block
+    for group in block.groups:
+        for name, layer in block.linears(group).items():
+            specs = config.tensors(block.prefix + name, layer.in_features, layer.out_features)
+            sizes = {suffix: math.prod(spec.shape) * spec.dtype.itemsize for suffix, spec in specs.items()}
+            packed += sum(sizes.values())
+            shared += sizes.get("angles", 0) if name != group.layers[0] else 0
+            weights += layer.in_features * layer.out_features
+            features += layer.in_features + layer.out_features
+    linears = {f"{source.block_prefix(i)}{name}.weight" for i in range(count) for name in block.linears()}
+    shapes = {name: source.store.shape(name) for name in source.store.names() if name not in linears}
+    rest = sum(math.prod(shape) * source.kept_dtype(name).itemsize for name, shape in shapes.items())
+    bits = recipe.target_bpw or 8 * (packed - shared) / weights
+    checkpoint = int(bits * weights * count / 8) + shared * count + rest
+    return Plan(
+        bits,
+        checkpoint,
+        _disk(source, config, recipe, checkpoint, checkpoint - rest, weights * count),
+        _memory(source, recipe, checkpoint, weights, features),
+        _operations(block, recipe, count),
+    )
+
+
+def _states(source: SourceModel, recipe: Recipe) -> int:
+    """Bytes of the hidden states of all samples."""
+    return recipe.windows * recipe.seqlen * source.text_config.hidden_size * source.dtype.itemsize
+
+
+def _disk(source: SourceModel, config: QuantConfig, recipe: Recipe, checkpoint: int, packed: int, weights: int) -> int:
+    """Checkpoint, finished blocks and tokens; end to end also the teacher's states, stages, and Adam's moments."""
+    needed = checkpoint + packed + recipe.windows * recipe.seqlen * 8
+    if recipe.trains_end_to_end:
+        trained = weights if recipe.finetune else weights // config.group(source.text_config.hidden_size)
+        stages = bool(recipe.finetune) + bool(recipe.distill)
+        needed += _states(source, recipe) + stages * packed + 2 * 12 * trained  # while a file is replaced, twice
+    return needed
+
+
+def _memory(source: SourceModel, recipe: Recipe, checkpoint: int, weights: int, features: int) -> int:
+    process, item = int(6e8), source.dtype.itemsize
+    widest = max(source.empty_block(0).in_features(group) for group in source.groups)
+    states = _states(source, recipe) * (1 + bool(recipe.reconstruct))
+    layer = (18 if recipe.reconstruct else 10) * weights + 40 * widest**2 + TOKENS_PER_BATCH * features * item
+    whole = 0
+    if recipe.trains_end_to_end:
+        kept = 1 if weights >= RECOMPUTE_FROM else source.num_blocks  # blocks whose activations are kept
+        per_weight = 18 if recipe.finetune else 0.6
+        whole = int(per_weight * weights * source.num_blocks) + 2 * checkpoint + TOKENS_PER_STEP * features * 6 * kept
+    return process + states + max(layer, whole)
+
+
+def _operations(block: Block, recipe: Recipe, count: int) -> float:
+    """Rounding in up to three bases, refinement, passes through the layers, training, learning the angles."""
+    total = 0.0
+    for group in block.groups:
+        k = block.in_features(group)
+        n = sum(layer.out_features for layer in block.linears(group).values())
+        tokens = recipe.samples * recipe.seqlen
+        total += 3 * (4 * k * k * min(n, 3 * MOST_ROWS) + 20 * k**3) + 4 * k * k * n * (1 + recipe.refine)
+        total += 2 * k * k * tokens + 2 * k * n * tokens * 5
+        total += 2 * k * n * recipe.windows * recipe.seqlen * 2 * recipe.trains
+        trained = 512 * recipe.reconstruct + TOKENS_PER_STEP * (recipe.finetune + recipe.distill)
+        total += 10 * k * n * trained
+        if recipe.rotation == "butterfly":
+            total += recipe.steps * 6 * MOST_ROWS * k * k
+    return total * count

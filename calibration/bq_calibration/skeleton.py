@@ -1,0 +1,71 @@
+"""A model as transformers builds it, without memory: its decoder and other parts, and how files call its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from .architecture import MULTIMODAL
+
+_TOWERS = r"(vision_tower|multi_modal_projector|visual)\."
+_WRAPPED = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (rf"^{_TOWERS}", r"model.\1."),
+    (rf"^model\.(?!language_model\.|{_TOWERS})", "model.language_model."),
+)
+# how names in files may differ from those of the model: patterns and replacements, all of a line are applied in turn
+_RENAMINGS = (
+    (),
+    ((r"^(?!model\.|lm_head\.)", "model."),),  # saved from the decoder alone
+    ((r"^language_model\.", ""),),  # the text part of a multimodal model
+    ((r"^model\.language_model\.", "model."),),
+    _WRAPPED,  # a multimodal model as the hub has it
+    # of which newer versions of transformers drop a level
+    (*_WRAPPED, (r"^model\.vision_tower\.vision_model\.", "model.vision_tower.")),
+)
+
+
+def auto_class(model_type: str) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """The class of transformers that loads models of this type."""
+    return AutoModelForImageTextToText if model_type in MULTIMODAL else AutoModelForCausalLM
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a config on the meta device; buffers are computed, not stored, so these are real."""
+    with init_empty_weights(include_buffers=False):
+        return auto_class(config.model_type).from_config(config, dtype=dtype).eval()
+
+
+def decoder_name(model: PreTrainedModel) -> str:
+    """Name of the decoder inside a model: `model`, or `model.language_model` in a multimodal one."""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def other_parts(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of what a multimodal model has beside its decoder, which stays unquantized: `visual`, say."""
+    decoder = model.get_decoder()
+    children = () if model.base_model is decoder else model.base_model.named_children()
+    return tuple(name for name, module in children if module is not decoder)
+
+
+def model_names(stored: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
+    """The model's name for every tensor of its files.
+
+    Args:
+        stored: names in the files.
+        model: may be empty.
+    """
+    stored, expected = list(stored), set(model.state_dict())
+    candidates = []
+    for rules in _RENAMINGS:
+        names = dict(zip(stored, stored, strict=True))
+        for pattern, replacement in rules:
+            names = {name: re.sub(pattern, replacement, new, count=1) for name, new in names.items()}
+        candidates.append(names)
+    return min(candidates, key=lambda names: len(expected - set(names.values())))
