@@ -18,6 +18,7 @@ from .architecture import input_groups
 from .block import Block
 from .compute import compute_dtypes
 from .errors import UserError, explain
+from .files import WEIGHTS
 from .skeleton import decoder_name, empty_model, model_names, other_parts
 from .store import FLOATS, TensorStore
 
@@ -41,8 +42,8 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja"]
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        other_weights = [*WEIGHTS, "*/*.safetensors", "consolidated*", "adapter_*"]
+        return Path(snapshot_download(model, ignore_patterns=other_weights))
     except Exception as error:
         raise UserError(f"{model}: no such folder, and the hub did not give it ({error})") from error
 
