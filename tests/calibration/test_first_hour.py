@@ -557,3 +557,20 @@ def test_resume_refuses_changed_inputs(changed, tmp_path, model, text, monkeypat
     which = "data_sha256" if changed == "data" else "source_sha256"
     with pytest.raises(UserError, match=f"--resume: {which} was"):
         run(source, tmp_path / "out", data, resume=True)
+
+
+def test_a_model_of_the_hub_brings_all_but_other_weights(monkeypatch, model):
+    from fnmatch import fnmatch
+
+    import huggingface_hub
+    from bq_calibration.model import resolve_model
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append((name, kw)) or str(model))
+    assert resolve_model("org/name") == model
+    [(name, options)] = asked
+    ignored = options["ignore_patterns"]
+    kept = ("model-00001-of-00002.safetensors", "modeling_x.py", "tekken.json", "LICENSE", "preprocessor_config.json")
+    others = ("pytorch_model.bin", "original/a.safetensors", "consolidated.safetensors", "x.gguf", "adapter_model.bin")
+    assert not [file for file in kept if any(fnmatch(file, pattern) for pattern in ignored)]
+    assert all(any(fnmatch(file, pattern) for pattern in ignored) for file in others)
