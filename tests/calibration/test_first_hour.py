@@ -568,7 +568,7 @@ def test_a_model_of_the_hub_brings_all_but_other_weights(monkeypatch, model):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append((name, kw)) or str(model))
     assert resolve_model("org/name") == model
-    [(name, options)] = asked
+    [(_, options)] = asked
     ignored = options["ignore_patterns"]
     kept = ("model-00001-of-00002.safetensors", "modeling_x.py", "tekken.json", "LICENSE", "preprocessor_config.json")
     others = ("pytorch_model.bin", "original/a.safetensors", "consolidated.safetensors", "x.gguf", "adapter_model.bin")
