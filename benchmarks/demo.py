@@ -32,6 +32,7 @@ WINDOWS, CONTEXT = 4, 2048
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+@app.command(hidden=True)
 def write_model(out: Path) -> None:
     """Write SmolLM2-135M-Instruct as an ordinary bf16 checkpoint.
 
@@ -78,11 +79,23 @@ def generate(model: str, out: Path, dtype: str) -> None:
     out.write_text(json.dumps({"texts": texts, "tokens_per_second": rate, "batch": len(batch)}))
 
 
-def run_step(*command: object) -> None:
-    """Run a step in a process of its own, so that each gets the whole machine; stop the demo where one fails."""
-    code = subprocess.run([str(part) for part in command], check=False).returncode
+def run_step(log: Path, *command: object, bars: bool = False) -> None:
+    """Run a step in a process of its own, so that each gets the whole machine; stop the demo where one fails.
+
+    Args:
+        log: takes what the step and the libraries behind it print.
+        command: of the step.
+        bars: leave stderr, with its progress bars, on the screen.
+    """
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "VLLM_LOGGING_LEVEL": "WARNING"}
+    quiet |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    with open(log, "a") as file:
+        streams = {"stdout": file} | ({} if bars else {"stderr": file})
+        call = [str(part) for part in command]
+        code = subprocess.run(call, check=False, env=os.environ | quiet, **streams).returncode
     if code:
-        sys.exit(code)
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
+        sys.exit("\n".join([*last, f"{Path(call[0]).name} failed ({code}); all that it printed is in {log}"]))
 
 
 @app.command()
@@ -103,15 +116,16 @@ def run(
     models = {"16-bit": folder / "SmolLM2-135M", "butterfly, 2-bit": folder / "SmolLM2-135M-bq2"}
     original, ours = models.values()
     python, scripts = sys.executable, Path(sys.executable).parent
+    log = folder / "demo.log"
     if not (original / "model.safetensors").exists():
         console.print("[bold]1. the 16-bit model")
-        write_model(original)
+        run_step(log, python, __file__, "write-model", original)
     calibration, text = folder / "calibration.txt", folder / "evaluation.txt"
     write_texts(calibration, text)
     if not ours.exists():
         console.print("[bold]2. calibration")
         flags = [*CALIBRATE, "--compute-dtype", compute_dtype, "--resume"]
-        run_step(scripts / "bq-calibrate", original, "-o", ours, "--dataset", calibration, *flags)
+        run_step(log, scripts / "bq-calibrate", original, "-o", ours, "--dataset", calibration, *flags, bars=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype_name(native_dtype(torch.bfloat16, device)) if compute_dtype == "auto" else compute_dtype
     results = {}
@@ -119,8 +133,8 @@ def run(
         console.print(f"[bold]3. perplexity and generation with vLLM: {label}")
         scores, texts = folder / "scores.json", folder / "texts.json"
         measured = ["--perplexity", text, "--context", CONTEXT, "--windows", WINDOWS, "--compute-dtype", dtype]
-        run_step(scripts / "bq-eval", model, *measured, "--json", scores)
-        run_step(python, __file__, "generate", model, texts, dtype)
+        run_step(log, scripts / "bq-eval", model, *measured, "--json", scores, bars=True)
+        run_step(log, python, __file__, "generate", model, texts, dtype)
         results[label] = json.loads(scores.read_text()) | json.loads(texts.read_text())
     report = json.loads((ours / "bq_report.json").read_text())
     print_comparison(console, models, results, report, dtype)
@@ -155,5 +169,4 @@ def print_comparison(console, models: dict[str, Path], results: dict[str, dict],
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     app()
