@@ -43,11 +43,9 @@ def fingerprint(files: list[Path], progress: Progress, title: str) -> str:
 
 
 def source_fingerprint(source: SourceModel, progress: Progress) -> str:
-    """SHA-256 of everything in the source that a checkpoint is made of: weights, config, files that are carried over."""
-    beside = [source.folder / name for name in carried_files(source.folder)]
-    return fingerprint(
-        [*source.store.files, source.folder / "config.json", *beside], progress, "fingerprint of the model"
-    )
+    """SHA-256 of everything in the source that a checkpoint is made of: weights, config, files that come along."""
+    beside = [source.folder / name for name in (Path("config.json"), *carried_files(source.folder))]
+    return fingerprint([*source.store.files, *beside], progress, "fingerprint of the model")
 
 
 def data_fingerprint(datasets: str, progress: Progress) -> str | None:
@@ -150,7 +148,7 @@ def _states(source: SourceModel, recipe: Recipe) -> int:
 
 
 def _disk(source: SourceModel, config: QuantConfig, recipe: Recipe, checkpoint: int, packed: int, weights: int) -> int:
-    """Checkpoint, its other files, finished blocks and tokens; end to end also the teacher's states, stages, and Adam's moments."""
+    """Checkpoint, other files, finished blocks, tokens; end to end also the teacher's states, stages, Adam's moments."""
     carried = sum((source.folder / name).stat().st_size for name in carried_files(source.folder))
     needed = checkpoint + carried + packed + recipe.windows * recipe.seqlen * 8
     if recipe.trains_end_to_end:
