@@ -148,7 +148,7 @@ def _states(source: SourceModel, recipe: Recipe) -> int:
 
 
 def _disk(source: SourceModel, config: QuantConfig, recipe: Recipe, checkpoint: int, packed: int, weights: int) -> int:
-    """Checkpoint, other files, finished blocks, tokens; end to end also the teacher's states, stages, Adam's moments."""
+    """Checkpoint, other files, finished blocks, tokens; end to end the teacher's states, stages, Adam's moments too."""
     carried = sum((source.folder / name).stat().st_size for name in carried_files(source.folder))
     needed = checkpoint + carried + packed + recipe.windows * recipe.seqlen * 8
     if recipe.trains_end_to_end:
