@@ -420,3 +420,11 @@ def test_citation():
 def test_packages_are_typed():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert all((ROOT / package / "py.typed").exists() for package in packages["packages"])
+
+
+def test_checksum_figures():
+    found = json.loads((RESULTS / "checksums.json").read_text())
+    with_sha, without = (found[name]["per_core"] for name in ("sha_instructions", "without"))
+    text = " ".join((ROOT / "docs" / "serving.md").read_text().split())
+    assert f"hashes {with_sha:.1f} GB/s per core" in text and f"masked {without:.1f} GB/s per core" in text
+    assert f"2.2 GB should then take about {2.2 / with_sha:.1f} s" in text

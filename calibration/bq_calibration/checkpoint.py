@@ -95,7 +95,7 @@ def verify(folder: Path, dtypes: set[str] | None = None) -> Verified:
     del parsed.quantization_config
     model = empty_model(parsed)
     own = f"{decoder_name(model)}.", "lm_head."  # other parts are called as the original's files call them
-    names = model_names(store.names(), model)
+    names = model_names(folder, store.names(), model)
     store.rename({name: name if name.startswith(own) else known for name, known in names.items()})
     tied = set(model.all_tied_weights_keys)
     layers = quantized_layers(model, data.get("model_type", ""), config)

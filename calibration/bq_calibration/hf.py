@@ -115,6 +115,10 @@ class ButterflyHfQuantizer(HfQuantizer):
             except FormatError as error:
                 raise UserError(str(error)) from error
             verify(folder)
+        if model.base_model is model:  # whose modules have other names than the checkpoint's
+            raise UserError(
+                f"packed weights do not load into a bare {type(model).__name__}; load the model with its head"
+            )
         config: QuantConfig = self.quantization_config.parsed
         for name, (linear, _) in quantized_layers(model, model.config.model_type, config).items():
             model.set_submodule(name, ButterflyLinear(config, name, linear))

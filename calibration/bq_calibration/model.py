@@ -128,14 +128,14 @@ class SourceModel:
         stored = [name for name in self.store.names() if not _STALE.search(name)]
         if stale := len(self.store.names()) - len(stored):
             logger.info("%d stale buffers beside the weights are left out (rotary_emb.inv_freq and the like)", stale)
-        names = model_names(stored, self.skeleton)
+        names = model_names(self.folder, stored, self.skeleton)
         missing = sorted(set(expected) - set(names.values()) - tied)
         kind, surplus = type(self.skeleton).__name__, sorted(set(names.values()) - set(expected))
         if missing:
             beside = f"; {surplus[0]} is there and does not belong to it" if surplus else ""
             raise UserError(
                 f"{self.folder}: tensor {missing[0]} of a {kind} is missing ({len(missing)} in all){beside}; "
-                "give the folder of a whole causal LM"
+                "give the folder of a whole model"
             )
         if surplus:
             raise UserError(

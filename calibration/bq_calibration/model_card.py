@@ -88,7 +88,7 @@ def write_model_card(folder: Path, source: SourceModel, config: QuantConfig, rep
     rows = (f"| {g['stage']} | {g['measure']} | {g['before']:.4f} | {g['after']:.4f} |" for g in report["gains"])
     text = _TEMPLATE.format(
         name=source.name,
-        kept=", ".join(("Embeddings", "norms", *source.other_parts)) + " and the LM head",
+        kept=", ".join(("Embeddings", "norms", *source.other_parts)).replace("_", " ") + " and the LM head",
         auto_class=auto_class(source.config.model_type).__name__,
         bits=config.bits,
         rotation=rotation,

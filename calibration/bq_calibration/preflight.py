@@ -15,6 +15,7 @@ from .block import TOKENS_PER_BATCH, Block
 from .compute import dtype_name, operations_per_second
 from .distill import TOKENS_PER_STEP
 from .errors import UserError, explain
+from .files import carried_files
 from .model import SourceModel
 from .recipes import Recipe
 from .rotation import MOST_ROWS
@@ -24,12 +25,16 @@ _CHUNK = 2**24  # bytes that are hashed at a time
 
 
 def fingerprint(files: list[Path], progress: Progress, title: str) -> str:
-    """SHA-256 over names and contents of files, in their order."""
+    """SHA-256 over names and contents of files, in their order.
+
+    Raises:
+        UserError: naming a file that cannot be read.
+    """
     total = hashlib.sha256()
     task = progress.add_task(title, total=sum(file.stat().st_size for file in files))
     for file in files:
         total.update(file.name.encode() + b"\0")
-        with open(file, "rb") as handle:
+        with explain(f"{file}: cannot be read"), open(file, "rb") as handle:
             while chunk := handle.read(_CHUNK):
                 total.update(chunk)
                 progress.advance(task, len(chunk))
@@ -38,8 +43,8 @@ def fingerprint(files: list[Path], progress: Progress, title: str) -> str:
 
 
 def source_fingerprint(source: SourceModel, progress: Progress) -> str:
-    """SHA-256 of everything in the source that a checkpoint is made of: weights, config, tokenizer."""
-    beside = [f for f in sorted(source.folder.glob("*.json")) if f.name != "bq_report.json"]
+    """SHA-256 of everything in the source that a checkpoint is made of: weights, config, files that come along."""
+    beside = [source.folder / name for name in (Path("config.json"), *carried_files(source.folder))]
     return fingerprint([*source.store.files, *beside], progress, "fingerprint of the model")
 
 
@@ -143,8 +148,9 @@ def _states(source: SourceModel, recipe: Recipe) -> int:
 
 
 def _disk(source: SourceModel, config: QuantConfig, recipe: Recipe, checkpoint: int, packed: int, weights: int) -> int:
-    """Checkpoint, finished blocks and tokens; end to end also the teacher's states, stages, and Adam's moments."""
-    needed = checkpoint + packed + recipe.windows * recipe.seqlen * 8
+    """Checkpoint, other files, finished blocks, tokens; end to end the teacher's states, stages, Adam's moments too."""
+    carried = sum((source.folder / name).stat().st_size for name in carried_files(source.folder))
+    needed = checkpoint + carried + packed + recipe.windows * recipe.seqlen * 8
     if recipe.trains_end_to_end:
         trained = weights if recipe.finetune else weights // config.group(source.text_config.hidden_size)
         stages = bool(recipe.finetune) + bool(recipe.distill)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from .architecture import MULTIMODAL
+from .errors import UserError
 
 _TOWERS = r"(vision_tower|multi_modal_projector|visual)\."
 _WRAPPED = (
@@ -54,12 +56,16 @@ def other_parts(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(name for name, module in children if module is not decoder)
 
 
-def model_names(stored: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
+def model_names(folder: Path, stored: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
     """The model's name for every tensor of its files.
 
     Args:
+        folder: of the files, for messages.
         stored: names in the files.
         model: may be empty.
+
+    Raises:
+        UserError: if two tensors are the same one of the model.
     """
     stored, expected = list(stored), set(model.state_dict())
     candidates = []
@@ -68,4 +74,9 @@ def model_names(stored: Iterable[str], model: PreTrainedModel) -> dict[str, str]
         for pattern, replacement in rules:
             names = {name: re.sub(pattern, replacement, new, count=1) for name, new in names.items()}
         candidates.append(names)
-    return min(candidates, key=lambda names: len(expected - set(names.values())))
+    chosen = min(candidates, key=lambda names: len(expected - set(names.values())))
+    first: dict[str, str] = {}
+    for name, known in chosen.items():
+        if first.setdefault(known, name) != name:
+            raise UserError(f"{folder}: tensors {first[known]} and {name} are the same one of the model; remove one")
+    return chosen

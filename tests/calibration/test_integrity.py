@@ -374,3 +374,21 @@ def test_a_pipeline_with_the_import(checkpoint):
     result = in_a_fresh_process(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("w1 w2")
+
+
+def test_resume_notices_a_changed_file_that_comes_along(source, tmp_path):
+    """Tokenizer and templates of other endings than .json too: all that is copied is part of the fingerprint."""
+    from bq_calibration.model import SourceModel
+    from bq_calibration.preflight import source_fingerprint
+    from rich.progress import Progress
+
+    folder = Path(shutil.copytree(source, tmp_path / "changed"))
+    quiet, before = Progress(disable=True), None
+    for name in (None, "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "LICENSE", "config.json"):
+        if name:
+            (folder / name).write_text((folder / name).read_text() + "\n")
+        after = source_fingerprint(SourceModel(str(folder), torch.device("cpu")), quiet)
+        assert after != before
+        before = after
+    (folder / "README.md").write_text("another card")
+    assert source_fingerprint(SourceModel(str(folder), torch.device("cpu")), quiet) == before

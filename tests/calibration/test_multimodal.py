@@ -11,13 +11,15 @@ import pytest
 import tiny
 import torch
 from bq_calibration.checkpoint import read_config, verify
+from bq_calibration.distill import held_out, teacher_states
 from bq_calibration.errors import UserError
 from bq_calibration.evaluation import Evaluator
 from bq_calibration.model import SourceModel
 from bq_calibration.store import TensorStore
+from bq_calibration.student import Student
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText
 
 from ..vllm.test_engine import assert_same, run_engines
 from .conftest import MULTIMODAL_CONFIGS, make_model
@@ -151,6 +153,16 @@ def test_blocks_see_what_the_whole_model_gives_them(architecture, source):
         torch.testing.assert_close(head(norm(hidden)), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_student_is_what_the_checkpoint_says(source, checkpoint):
+    """Training sees the text decoder alone: before a step its divergence is that of the whole checkpoint."""
+    wanted, found = (logits(folder, input_ids=TEXT).log_softmax(-1) for folder in (source, checkpoint))
+    expected = (wanted.exp() * (wanted - found)).sum(-1).mean().item()
+    alone = SourceModel(str(source), torch.device("cpu"), "float32")
+    states = teacher_states(alone, TEXT, Progress(disable=True))
+    student = Student(alone, read_config(checkpoint)[1], TensorStore(checkpoint))
+    assert expected > 1e-3 and held_out(student, TEXT, states) == pytest.approx(expected, rel=1e-2)
+
+
 def test_names_of_newer_versions(architecture, source, text, tmp_path):
     """A model with the names that transformers gives its modules becomes the same checkpoint, these names kept."""
     newer = make_model(tmp_path / "newer", architecture)
@@ -182,6 +194,15 @@ def test_a_checkpoint_that_is_not_whole_is_refused(checkpoint, tmp_path):
     save_file(tensors | {f"{name}.other": tensors[name].clone()}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"other does not belong to this model"):
         verify(tmp_path)
+    twin = name.removeprefix("model.") if name.startswith("model.") else f"model.{name}"
+    save_file(tensors | {twin: tensors[name].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"are the same one of the model|does not belong to this model"):
+        verify(tmp_path)
+
+
+def test_the_bare_model_is_refused(checkpoint):
+    with pytest.raises(UserError, match=r"do not load into a bare \w+Model; load the model with its head"):
+        AutoModel.from_pretrained(checkpoint)
 
 
 # ---- in vLLM
