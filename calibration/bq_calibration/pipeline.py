@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import platform
-import resource
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,6 @@ from bq_kernels.format import FormatError, QuantConfig
 from rich.progress import Progress
 
 from . import preflight
-from .block import Block
 from .data import gather_tokens
 from .distill import train_end_to_end
 from .errors import UserError
@@ -24,10 +19,9 @@ from .export import export, write_checksums
 from .logs import log_to
 from .model import SourceModel
 from .model_card import write_model_card
-from .quantize_block import quantize_block
+from .quantize_blocks import quantize_blocks
 from .recipes import Recipe, quant_config
-from .reconstruct import reconstruct
-from .report import write_report
+from .report import run_facts, write_report
 from .sensitivity import mixed_bits
 from .workspace import Workspace
 
@@ -129,12 +123,12 @@ class Calibration:
         if recipe.target_bpw is not None:
             bits = work.json("module_bits", lambda: mixed_bits(source, self.config, recipe, tokens, progress))
             self.config = dataclasses.replace(self.config, module_bits=bits)
-        blocks = self._quantize_blocks(tokens, progress)
+        blocks = quantize_blocks(source, self.config, recipe, tokens, work, progress)
         tensors, stages = train_end_to_end(source, self.config, recipe, tokens, work, "blocks", progress)
         final = work.path / "final"
         export(source, tensors, self.config, final)
         used = tokens.numel() - recipe.held_out * tokens.shape[1] * recipe.trains
-        report = write_report(final, source, self.config, recipe, used, blocks, stages, self._run_facts())
+        report = write_report(final, source, self.config, recipe, used, blocks, stages, run_facts(source, work))
         write_model_card(final, source, self.config, report)
         if self.plots:
             from .plots import write_plots  # matplotlib takes a second to load
@@ -156,75 +150,3 @@ class Calibration:
         except FormatError as error:
             raise UserError(str(error)) from error
         return config
-
-    def _quantize_blocks(self, tokens: torch.Tensor, progress: Progress) -> list[dict[str, Any]]:
-        """Quantize decoder layers one after the other, each for the inputs that the quantized ones before it give.
-
-        Where blocks are trained, a second stream of hidden states goes through the 16-bit layers: the targets.
-        """
-        recipe, count = self.recipe, self.source.num_blocks
-        inputs = self.source.embed(tokens if recipe.reconstruct else tokens[: recipe.samples])
-        targets = inputs.clone() if recipe.reconstruct else None
-        reports, started, computed = [], time.monotonic(), 0
-        task = progress.add_task("calibrating blocks", total=count)
-        for index in range(count):
-            with self.source.block(index) as block:
-                if targets is not None:
-                    block.run(targets, out=targets)
-                name = f"blocks/{index:05d}"
-                known = self.workspace.has(name)
-                computed += not known
-                report = self.workspace.step(
-                    name, lambda block=block: self._quantize_block(block, inputs, targets, progress)
-                )
-                if known:
-                    block.install(self.workspace.load(name), self.config)
-                block.run(inputs, out=inputs)
-            reports.append(report)
-            self._log_block(index, report, (time.monotonic() - started) / max(computed, 1), known)
-            progress.advance(task)
-        progress.remove_task(task)
-        return reports
-
-    def _quantize_block(
-        self, block: Block, inputs: torch.Tensor, targets: torch.Tensor | None, progress: Progress
-    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors and report of one decoder layer; leaves it quantized."""
-        tensors, reports = quantize_block(block, inputs[: self.recipe.samples], self.config, self.recipe)
-        report = {"inputs": reports, "reconstruction": None}
-        if targets is not None:
-            data = tensors, inputs, targets
-            tensors, report["reconstruction"] = reconstruct(
-                self.source, self.config, self.recipe, block, *data, progress
-            )
-        return tensors, report
-
-    def _log_block(self, index: int, report: dict[str, Any], seconds: float, known: bool) -> None:
-        count = self.source.num_blocks
-        errors = [entry["refined_output_error"] for entry in report["inputs"]]
-        mean = sum(errors) / len(errors)
-        if known:
-            logger.info("block %d of %d: output error %.4f, from the interrupted run", index + 1, count, mean)
-        else:
-            logger.info(
-                "block %d of %d: output error %.4f, %.1f s per block, %.0f min to go",
-                index + 1,
-                count,
-                mean,
-                seconds,
-                seconds * (count - index - 1) / 60,
-            )
-
-    def _run_facts(self) -> dict[str, Any]:
-        """Facts that differ from run to run: time, of interrupted processes too; memory, of the last one; machine."""
-        on_gpu = self.device.type == "cuda"
-        return {
-            "wall_seconds": round(self.workspace.elapsed(), 1),
-            "resumed": self.workspace.resumed,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-            "compute_dtype": self.source.compute.to_dict(),
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
-        }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
 
+import torch
 from bq_kernels.format import QuantConfig
 
 from .checkpoint import REPORT, verify
@@ -15,6 +19,7 @@ from .data import dataset_name
 from .files import write_json
 from .model import SourceModel
 from .recipes import Recipe
+from .workspace import Workspace
 
 
 def write_report(
@@ -70,6 +75,21 @@ def write_report(
     }
     write_json(folder / REPORT, report)
     return report
+
+
+def run_facts(source: SourceModel, workspace: Workspace) -> dict[str, Any]:
+    """Facts that differ from run to run: time, of interrupted processes too; memory, of the last one; machine."""
+    on_gpu = source.device.type == "cuda"
+    return {
+        "wall_seconds": round(workspace.elapsed(), 1),
+        "resumed": workspace.resumed,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "compute_dtype": source.compute.to_dict(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
+    }
 
 
 def gains(

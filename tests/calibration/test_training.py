@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bq_calibration import distill as distill_module
-from bq_calibration import pipeline as pipeline_module
+from bq_calibration import quantize_blocks as quantize_blocks_module
 from bq_calibration import sampling as sampling_module
 from bq_calibration import student as student_module
 from bq_calibration import train as train_module
@@ -234,7 +234,7 @@ def test_resumed_reconstruction_gives_the_same_bytes(model, text, tmp_path, monk
         return reconstruct(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_module, "reconstruct", interrupted)
+        patch.setattr(quantize_blocks_module, "reconstruct", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", text, reconstruct=3)
     resumed = run(model, tmp_path / "out", text, resume=True, reconstruct=3)
