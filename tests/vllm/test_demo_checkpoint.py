@@ -14,7 +14,7 @@ import tiny
 import torch
 from bq_calibration.compute import dtype_name, native_dtype
 
-from .test_engine import ask_server, run_engines
+from .test_engine import ask_server, environment, run_engines
 
 CHECKPOINT = Path(os.environ.get("BQ_CHECKPOINT", "build/demo/SmolLM2-135M-bq2")).resolve()
 TEXTS = ["The capital of France is", "Once upon a time, in a small village,"]
@@ -128,8 +128,9 @@ def test_offline_example(tmp_path):
     source.write_text("".join(json.dumps({"prompt": text, "id": i}) + "\n" for i, text in enumerate(prompts)))
     dtype = dtype_name(native_dtype(torch.bfloat16, "cpu"))
     call = [sys.executable, script, CHECKPOINT, source, target, "--max-tokens", 4, "--eager", "--max-model-len", 256]
-    call += ["--dtype", dtype]
-    done = subprocess.run([str(part) for part in call], capture_output=True, text=True, timeout=600, check=False)
+    call = [str(part) for part in (*call, "--dtype", dtype)]
+    run = {"env": environment(tmp_path), "capture_output": True, "text": True, "timeout": 600, "check": False}
+    done = subprocess.run(call, **run)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in target.read_text().splitlines()]
     assert [(line["prompt"], line["id"]) for line in lines] == [(text, i) for i, text in enumerate(prompts)]
