@@ -29,6 +29,11 @@ def explain(message: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:  # libraries turn a Ctrl-C while they import into an error of their own
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
         words = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{message} ({words[:300]})") from error
 
