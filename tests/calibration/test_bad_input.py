@@ -283,7 +283,7 @@ def test_ctrl_c(tmp_path, model, text):
     call = [sys.executable, "-c", script, model, "-o", tmp_path / "out", "--dataset", text, *flags]
     process = subprocess.Popen([str(part) for part in call], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "out.partial" / "tokens.safetensors").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "out.partial" / "blocks").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
