@@ -42,7 +42,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bq_calibration.compute import native_dtype
+from bq_calibration.compute import dtype_name, native_dtype
 from rich.console import Console
 
 from benchmarks.harness.provenance import command
@@ -85,7 +85,7 @@ def engine_flags(smoke: bool, more: list[str]) -> tuple[str, ...]:
     flags = ["--no-enable-prefix-caching", "--seed", "0"]
     if "--dtype" not in more:
         dtype = torch.float16 if torch.cuda.is_available() else native_dtype(torch.bfloat16, "cpu")
-        flags += ["--dtype", str(dtype).removeprefix("torch.")]
+        flags += ["--dtype", dtype_name(dtype)]
     if smoke:
         flags += SMOKE_FLAGS.split()
     else:

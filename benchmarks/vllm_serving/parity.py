@@ -16,7 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
-from bq_calibration.compute import native_dtype
+from bq_calibration.compute import dtype_name, native_dtype
 from bq_calibration.data import cut_windows, load_documents
 from rich.console import Console
 from rich.progress import track
@@ -36,7 +36,7 @@ def serving_dtype(model: str) -> str:
     from transformers import AutoConfig
 
     stored = AutoConfig.from_pretrained(model).dtype or torch.bfloat16
-    return str(native_dtype(stored, "cpu")).removeprefix("torch.")
+    return dtype_name(native_dtype(stored, "cpu"))
 
 
 def served_perplexity(model: str, dataset: str, context: int, windows: int) -> float:

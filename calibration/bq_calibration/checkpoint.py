@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from .architecture import InputGroup, input_groups
 from .compute import dtype_name
-from .errors import UserError
+from .errors import UserError, explain
+from .files import read_json
 from .skeleton import decoder_name, empty_model, model_names
 from .store import FLOATS, TensorStore
 
@@ -29,12 +29,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], QuantConfig]:
         UserError: if there is none, or it is not one that this software reads.
     """
     file = folder / "config.json"
-    if not file.exists():
-        raise UserError(f"{folder}: no config.json; expected the folder of a butterfly checkpoint")
-    try:
-        data = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from error
+    data = read_json(file, missing="expected the folder of a butterfly checkpoint")
     if "quantization_config" not in data:
         raise UserError(f"{folder}: not quantized (config.json has no quantization_config)")
     try:
@@ -88,12 +83,10 @@ def verify(folder: Path, dtypes: set[str] | None = None) -> Verified:
     """
     data, config = read_config(folder)
     store = TensorStore(folder)
-    try:
+    with explain(f"{folder / 'config.json'}: transformers cannot read it"):
         parsed = AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
-    del parsed.quantization_config
-    model = empty_model(parsed)
+        del parsed.quantization_config
+        model = empty_model(parsed)
     own = f"{decoder_name(model)}.", "lm_head."  # other parts are called as the original's files call them
     names = model_names(folder, store.names(), model)
     store.rename({name: name if name.startswith(own) else known for name, known in names.items()})
@@ -133,12 +126,9 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); download it again, or delete it") from error
-    if not isinstance(report, dict):
-        raise UserError(f"{file}: not a report of bq-calibrate; download it again, or delete it")
-    return report
+        return read_json(file, missing="")
+    except UserError as error:
+        raise UserError(f"{file}: not a report of bq-calibrate ({error}); download it again, or delete it") from error
 
 
 def _check_settings(config: QuantConfig, layers: Layers, names: set[str]) -> None:

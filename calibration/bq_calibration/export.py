@@ -12,7 +12,7 @@ from bq_kernels.format import QuantConfig
 from .errors import explain_write
 from .files import carried_files, write_json, write_tensors
 from .model import SourceModel
-from .store import TensorStore
+from .store import INDEX, TensorStore
 
 SHARD_BYTES = 2 * 10**9
 # Stands in config.json under transformers_weights, where transformers expects the name of a weights file and refuses
@@ -83,7 +83,7 @@ def _write_shards(store_of: dict[str, TensorStore], source: SourceModel, folder:
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / INDEX, index)
 
 
 def _exported_config(source: SourceModel, config: QuantConfig) -> dict[str, Any]:

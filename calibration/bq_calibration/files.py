@@ -15,7 +15,7 @@ import torch
 from bq_kernels import checksums
 from safetensors.torch import save_file
 
-from .errors import explain_write
+from .errors import UserError, explain_write
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,27 @@ def _sort_metadata(path: Path) -> None:
     with open(path, "r+b") as file:
         file.seek(8)
         file.write(text.ljust(begin - 8))
+
+
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """The table in a JSON file.
+
+    Args:
+        path: the file.
+        missing: tells the user what to do where the file is not there.
+
+    Raises:
+        UserError: if it is missing or holds no JSON table.
+    """
+    if not path.is_file():
+        raise UserError(f"{path.parent}: no {path.name}; {missing}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON table, found {type(data).__name__}")
+    return data
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from .architecture import input_groups
 from .block import Block
 from .compute import compute_dtypes
 from .errors import UserError, explain
-from .files import WEIGHTS
+from .files import WEIGHTS, read_json
 from .skeleton import decoder_name, empty_model, model_names, other_parts
 from .store import FLOATS, TensorStore
 
@@ -48,27 +47,6 @@ def resolve_model(model: str) -> Path:
         raise UserError(f"{model}: no such folder, and the hub did not give it ({error})") from error
 
 
-def read_json(file: Path, hint: str) -> dict[str, Any]:
-    """The table in a JSON file.
-
-    Args:
-        file: the file.
-        hint: a question for the user where the file is missing.
-
-    Raises:
-        UserError: if it is missing or holds no JSON table.
-    """
-    if not file.is_file():
-        raise UserError(f"{file.parent}: no {file.name}; {hint}")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{file}: expected a JSON table, found {type(data).__name__}")
-    return data
-
-
 class SourceModel:
     """The 16-bit model: a skeleton without memory, into which one decoder layer at a time is loaded.
 
@@ -92,7 +70,7 @@ class SourceModel:
         self.unquantized_dtype = unquantized_dtype
         self.folder = resolve_model(model)
         self.device = device
-        self.config_dict = read_json(self.folder / "config.json", "is this the folder of a Hugging Face model?")
+        self.config_dict = read_json(self.folder / "config.json", missing="is this the folder of a Hugging Face model?")
         if quantization := self.config_dict.get("quantization_config"):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UserError(f"{self.folder}: already quantized ({method}); calibration starts from the 16-bit model")
