@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,12 +39,17 @@ class InputStatistics:
         self.tokens = 0
         self._outer = torch.zeros(features, features, device=device)
         self._magnitude = torch.zeros(features, device=device)
+        self._drift: torch.Tensor | None = None
         self._rows: list[torch.Tensor] = []
 
-    def add(self, x: torch.Tensor) -> None:
-        """Count inputs x [..., K] in."""
+    def add(self, x: torch.Tensor, x16: torch.Tensor | None = None) -> None:
+        """Count inputs x [..., K] in, and perhaps the 16-bit model's inputs x16 at the same tokens."""
         x = x.detach().flatten(0, -2).float()
         self._outer.addmm_(x.T, x)
+        if x16 is not None:
+            error = x16.detach().flatten(0, -2).float() - x
+            self._drift = torch.zeros_like(self._outer) if self._drift is None else self._drift
+            self._drift.addmm_(error.T, x)
         self._magnitude += x.abs().sum(0)
         self._rows.append(spread_rows(x, _SAMPLE_PER_BATCH).clone())
         self.tokens += len(x)
@@ -51,6 +58,11 @@ class InputStatistics:
     def hessian(self) -> torch.Tensor:
         """Mean of x xᵀ over tokens, float32 [K, K]: the Hessian of the layer's squared output error, up to a factor."""
         return self._outer / self.tokens
+
+    @property
+    def drift(self) -> torch.Tensor | None:
+        """Mean of (x16 − x) xᵀ, float32 [K, K]: the inputs' error from earlier layers, as far as x tells it."""
+        return None if self._drift is None else self._drift / self.tokens
 
     @property
     def mean_abs(self) -> torch.Tensor:
@@ -80,6 +92,10 @@ class Block:
     module: nn.Module
     groups: tuple[InputGroup, ...]
     kwargs: dict[str, Any]
+
+    def clone(self) -> Block:
+        """The block with a module of its own."""
+        return dataclasses.replace(self, module=copy.deepcopy(self.module))
 
     # ---- its linear layers
 
@@ -176,24 +192,54 @@ class Block:
                 hook.remove()
 
     @torch.no_grad()
-    def capture(self, hidden: torch.Tensor, group: InputGroup) -> InputStatistics:
-        """Statistics of one group's inputs; each pass of `hidden` [samples, seqlen, hidden] ends where it reaches them.
+    def inputs(self, hidden: torch.Tensor, group: InputGroup) -> Iterator[torch.Tensor]:
+        """One group's inputs [samples, seqlen, K], batch by batch of `hidden` [samples, seqlen, hidden].
+
+        Each pass ends where it reaches them.
+        """
+        seen = []
+
+        def stop(_, args):
+            seen.append(args[0])
+            raise _InputReached
+
+        hook = self.linear(group.layers[0]).register_forward_pre_hook(stop)
+        try:
+            for part in self._batches(hidden):
+                with contextlib.suppress(_InputReached):
+                    self.forward(part)
+                yield seen.pop()
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def capture(self, hidden: torch.Tensor, group: InputGroup, original: Original | None = None) -> InputStatistics:
+        """Statistics of one group's inputs.
+
+        Args:
+            hidden: hidden states in front of the block, [samples, seqlen, hidden].
+            group: whose inputs to observe.
+            original: the same in the 16-bit model, for `InputStatistics.drift`.
 
         Raises:
             UserError: if the inputs hold NaN or infinity.
         """
-
-        def stop(*_):
-            raise _InputReached
-
-        with self.observe((group,)) as found:
-            hook = self.linear(group.layers[0]).register_forward_pre_hook(stop)
-            try:
-                for part in self._batches(hidden):
-                    with contextlib.suppress(_InputReached):
-                        self.forward(part)
-            finally:
-                hook.remove()
-        if not bool(torch.isfinite(found[group].mean_abs).all()):
+        statistics = InputStatistics(self.in_features(group), hidden.device)
+        if original is None:
+            for x in self.inputs(hidden, group):
+                statistics.add(x)
+        else:
+            wanted = original.block.inputs(original.hidden, group)
+            for x, x16 in zip(self.inputs(hidden, group), wanted, strict=True):
+                statistics.add(x, x16)
+        if not bool(torch.isfinite(statistics.mean_abs).all()):
             raise UserError(f"block {self.index}, {group.name}: the inputs hold NaN or infinity; is the model sound?")
-        return found[group]
+        return statistics
+
+
+@dataclass(frozen=True)
+class Original:
+    """A block of the 16-bit model and the hidden states that this model sends into it, [samples, seqlen, hidden]."""
+
+    block: Block
+    hidden: torch.Tensor

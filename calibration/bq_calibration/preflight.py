@@ -161,8 +161,9 @@ def _disk(source: SourceModel, config: QuantConfig, recipe: Recipe, checkpoint: 
 def _memory(source: SourceModel, recipe: Recipe, checkpoint: int, weights: int, features: int) -> int:
     process, item = int(6e8), source.dtype.itemsize
     widest = max(source.empty_block(0).in_features(group) for group in source.groups)
-    states = _states(source, recipe) * (1 + bool(recipe.reconstruct))
-    layer = (18 if recipe.reconstruct else 10) * weights + 40 * widest**2 + TOKENS_PER_BATCH * features * item
+    corrects = bool(recipe.correction)
+    states = _states(source, recipe) * (1 + bool(recipe.reconstruct or corrects) + corrects)
+    layer = (18 if recipe.reconstruct else 10 + item * corrects) * weights + 40 * widest**2 + TOKENS_PER_BATCH * features * item
     whole = 0
     if recipe.trains_end_to_end:
         kept = 1 if weights >= RECOMPUTE_FROM else source.num_blocks  # blocks whose activations are kept
@@ -181,6 +182,8 @@ def _operations(block: Block, recipe: Recipe, count: int) -> float:
         total += 3 * (4 * k * k * min(n, 3 * MOST_ROWS) + 20 * k**3) + 4 * k * k * n * (1 + recipe.refine)
         total += 2 * k * k * tokens + 2 * k * n * tokens * 5
         total += 2 * k * n * recipe.windows * recipe.seqlen * 2 * recipe.trains
+        if recipe.correction:
+            total += 2 * k * n * (k + tokens * 4) + 2 * k * k * tokens
         trained = 512 * recipe.reconstruct + TOKENS_PER_STEP * (recipe.finetune + recipe.distill)
         total += 10 * k * n * trained
         if recipe.rotation == "butterfly":

@@ -11,6 +11,7 @@ from bq_kernels.packing import pack
 from bq_kernels.reference import levels
 
 DAMPING = 0.01  # share of the mean diagonal added to a Hessian before it is factored (GPTQ's percdamp)
+CORRECTION_DAMPING = 0.1  # the same where weights are corrected: their error has more noise
 _CLIP_GRID = [0.30 + 0.05 * n for n in range(15)]
 _ZERO_SHIFTS = (-0.5, -0.25, 0.0, 0.25, 0.5)
 _MOST_FLOATS = 2**28  # in memory at a time while scales are solved for
@@ -106,10 +107,25 @@ def search_scale(
     return scales, zeros
 
 
-def damped(hessian: torch.Tensor) -> torch.Tensor:
-    """H + λI with λ = 1 % of the mean diagonal, so that it can be factored; never exactly singular."""
-    diagonal = hessian.diagonal().mean() * DAMPING + 1e-8
+def damped(hessian: torch.Tensor, share: float = DAMPING) -> torch.Tensor:
+    """H + λI with λ a share of the mean diagonal, so that it can be factored; never exactly singular."""
+    diagonal = hessian.diagonal().mean() * share + 1e-8
     return hessian + diagonal * torch.eye(len(hessian), device=hessian.device)
+
+
+def corrected(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor, share: float) -> torch.Tensor:
+    """The weight that gives, for the quantized model's inputs x, more nearly W x16: the target of rounding.
+
+    Least squares for the inputs' error from earlier layers: W + share · W E[(x16 − x) xᵀ] (H + λI)⁻¹. It is the
+    asymmetric calibration of GPTAQ (arXiv 2504.02692), solved ahead of rounding rather than within.
+
+    Args:
+        weight: float32 [N, K].
+        hessian: float32 [K, K], mean of x xᵀ.
+        drift: float32 [K, K], mean of (x16 − x) xᵀ.
+        share: 0 to 1. The inputs of few tokens also show errors that are theirs alone, so all of it overfits.
+    """
+    return weight + share * weight @ torch.linalg.solve(damped(hessian, CORRECTION_DAMPING), drift.T).T
 
 
 def round_nearest(w: torch.Tensor, bits: int, group: int, zero_point: str) -> Quantized:

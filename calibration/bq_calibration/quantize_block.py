@@ -10,15 +10,15 @@ from bq_kernels.reference import hadamard_angles, rotate
 
 from . import analysis
 from .architecture import InputGroup
-from .block import Block, InputStatistics
-from .quantize import Quantized, output_error, refine, round_gptq, round_nearest
+from .block import Block, InputStatistics, Original
+from .quantize import Quantized, corrected, output_error, refine, round_gptq, round_nearest
 from .recipes import Recipe
 from .rotation import MOST_ROWS, ButterflyRotation, RotationProblem, initial_angles, learn_rotation
 from .sampling import derive_seed, spread_rows
 
 
 def quantize_block(
-    block: Block, hidden: torch.Tensor, config: QuantConfig, recipe: Recipe
+    block: Block, hidden: torch.Tensor, config: QuantConfig, recipe: Recipe, original: Original | None = None
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Quantize the linear layers of a block in the order in which data meets them, and install each group at once.
 
@@ -29,6 +29,7 @@ def quantize_block(
         hidden: hidden states in front of it, quantized model, [samples, seqlen, hidden].
         config: the checkpoint's format.
         recipe: settings of the run.
+        original: the 16-bit block with its hidden states; needed where the recipe has a correction.
 
     Returns:
         the block's part of the checkpoint by name, and a report per group of layers.
@@ -39,7 +40,9 @@ def quantize_block(
     tensors: dict[str, torch.Tensor] = {}
     reports = []
     for place, group in enumerate(block.groups):
-        statistics, weight = block.capture(hidden, group), block.weight(group)
+        statistics, weight = block.capture(hidden, group, original), block.weight(group)
+        if original is not None:
+            weight = corrected(weight, statistics.hessian, statistics.drift, recipe.correction)
         seed = derive_seed(recipe.seed, block.index, place)
         bits = config.bits_of(block.prefix + group.layers[0])
         angles, losses = _angles(group, weight, statistics, bits, config, recipe, seed)

@@ -10,7 +10,7 @@ import torch
 from bq_kernels.format import QuantConfig
 from rich.progress import Progress
 
-from .block import Block
+from .block import Block, Original
 from .model import SourceModel
 from .quantize_block import quantize_block
 from .recipes import Recipe
@@ -31,7 +31,7 @@ def quantize_blocks(
 ) -> list[dict[str, Any]]:
     """Quantize every layer for the inputs that the quantized ones before it give.
 
-    Where layers are trained, a second stream of hidden states goes through the 16-bit layers: the targets.
+    Where layers are trained or corrected, a second stream of hidden states goes through the 16-bit layers: the targets.
 
     Args:
         source: the 16-bit model.
@@ -48,18 +48,23 @@ def quantize_blocks(
         UserError: if inputs hold NaN or infinity, or a file cannot be written.
     """
     inputs = source.embed(tokens if recipe.reconstruct else tokens[: recipe.samples])
-    targets = inputs.clone() if recipe.reconstruct else None
+    targets = inputs.clone() if recipe.reconstruct or recipe.correction else None
     reports, started, computed = [], time.monotonic(), 0
     task = progress.add_task("calibrating blocks", total=source.num_blocks)
     for index in range(source.num_blocks):
         with source.block(index) as block:
+            name = f"{BLOCKS}/{index:05d}"
+            known, original = workspace.has(name), None
+            computed += not known
+            if recipe.correction and not known:
+                original = Original(block.clone(), targets[: recipe.samples].clone())
             if targets is not None:
                 block.run(targets, out=targets)
-            name = f"{BLOCKS}/{index:05d}"
-            known = workspace.has(name)
-            computed += not known
             report = workspace.step(
-                name, lambda block=block: _quantize(block, inputs, targets, source, config, recipe, progress)
+                name,
+                lambda block=block, original=original: _quantize(
+                    block, original, inputs, targets, source, config, recipe, progress
+                ),
             )
             if known:
                 block.install(workspace.load(name), config)
@@ -74,6 +79,7 @@ def quantize_blocks(
 
 def _quantize(
     block: Block,
+    original: Original | None,
     inputs: torch.Tensor,
     targets: torch.Tensor | None,
     source: SourceModel,
@@ -82,9 +88,9 @@ def _quantize(
     progress: Progress,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and report of one layer; leaves it quantized."""
-    tensors, reports = quantize_block(block, inputs[: recipe.samples], config, recipe)
+    tensors, reports = quantize_block(block, inputs[: recipe.samples], config, recipe, original)
     training = None
-    if targets is not None:
+    if recipe.reconstruct:
         tensors, training = reconstruct(source, config, recipe, block, tensors, inputs, targets, progress)
     return tensors, {"inputs": reports, "reconstruction": training}
 

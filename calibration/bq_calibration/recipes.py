@@ -72,6 +72,13 @@ class Recipe:
     steps: int = _setting(60, ROTATION, "Most steps of learning per rotation.", least=0)
     uniformity: float = _setting(0.0, ROTATION, "Weight λ of the paper's uniformity term.", least=0, most=1e6)
     rounding: str = _setting("gptq", ROUNDING, "To the nearest level, or with error feedback.", choices=("rtn", "gptq"))
+    correction: float = _setting(
+        0.0,
+        ROUNDING,
+        "Share, 0 to 1, of the inputs' error from earlier layers that a layer's rounding makes up for (GPTAQ).",
+        least=0,
+        most=1,
+    )
     refine: int = _setting(0, ROUNDING, "Sweeps that refine codes and scales after rounding.", least=0)
     compare: bool = _setting(
         True, ROUNDING, "Also measure simpler rotations for the report, up to a third of the time of rounding."

@@ -6,8 +6,6 @@ the angles of the rotations and the norms as well. One layer is in memory at a t
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from typing import Any
 
 import torch
@@ -67,7 +65,8 @@ def train_block(
         the block's part of the checkpoint, trained norms included, and the loss at every step.
     """
     trainable = Trainable(source, config, train_codes=True)
-    trained = dataclasses.replace(block, module=copy.deepcopy(block.module).float().requires_grad_(False))
+    trained = block.clone()
+    trained.module.float().requires_grad_(False)
     trainable.replace_linears(trained, tensors)
     trainable.replace_norms(trained.module, block.prefix)
     batch = max(1, TOKENS_PER_STEP // inputs.shape[1])

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from bq_calibration import compute
-from bq_calibration.block import TOKENS_PER_BATCH, InputStatistics
+from bq_calibration.block import TOKENS_PER_BATCH, InputStatistics, Original
 from bq_calibration.compute import compute_dtypes, native_dtype
 from bq_calibration.errors import UserError
 from bq_calibration.model import SourceModel
@@ -55,6 +55,24 @@ def test_captured_statistics_are_those_of_the_inputs(model):
                 torch.testing.assert_close(statistics.mean_abs, x.abs().mean(0), rtol=1e-4, atol=1e-6)
                 assert all((row == x).all(1).any() for row in statistics.sample)
             assert not layer._forward_pre_hooks, "hooks are gone"
+
+
+def test_drift_is_the_error_of_the_inputs(model):
+    source = SourceModel(str(model), CPU)
+    hidden = source.embed(torch.randint(3, 300, (6, 24)))
+    worse = hidden + 0.1 * torch.randn_like(hidden)
+    with source.block(0) as block:
+        original = Original(block.clone(), hidden)
+        for group in block.groups:
+            wanted = torch.cat(list(block.inputs(hidden, group))).flatten(0, -2)
+            x = torch.cat(list(block.inputs(worse, group))).flatten(0, -2)
+            assert len(x) == 6 * 24
+            statistics = block.capture(worse, group, original)
+            torch.testing.assert_close(statistics.drift, (wanted - x).T @ x / len(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(statistics.hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+            assert block.capture(worse, group).drift is None
+        block.linear("mlp.up_proj").weight.data.zero_()
+        assert original.block.linear("mlp.up_proj").weight.any(), "a clone has weights of its own"
 
 
 def test_sample_is_spread_over_all_batches():

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 from bq_calibration import quantize
-from bq_calibration.quantize import output_error, refine, round_gptq, round_nearest, search_scale
+from bq_calibration.quantize import corrected, output_error, refine, round_gptq, round_nearest, search_scale
 from bq_kernels.reference import dequantize
 
 
@@ -54,6 +54,25 @@ def test_relative_output_error_is_that_of_the_tokens():
     rounded = w + 0.1 * torch.randn_like(w)
     direct = ((x @ (rounded - w).T).square().sum() / (x @ w.T).square().sum()).item()
     assert output_error(w, rounded, x.T @ x) == pytest.approx(direct, rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_correction_takes_back_an_error_that_the_inputs_tell(share, monkeypatch):
+    """Where x = A x16, W A⁻¹ gives W x16 exactly; a share of the way there leaves the rest of the error."""
+    monkeypatch.setattr(quantize, "CORRECTION_DAMPING", 1e-6)
+    w, x16 = torch.randn(8, 32), correlated_inputs(2000, 32)
+    error = torch.eye(32) + 0.02 * torch.randn(32, 32)
+    x = x16 @ error.T
+    found = corrected(w, x.T @ x / len(x), (x16 - x).T @ x / len(x), share)
+    expected = (1 - share) * w + share * w @ torch.linalg.inv(error)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    assert share or torch.equal(found, w)
+
+
+def test_correction_ignores_errors_that_the_inputs_do_not_tell():
+    w, x = torch.randn(8, 32), correlated_inputs(20_000, 32)
+    drift = torch.randn_like(x).T @ x / len(x)
+    assert (corrected(w, x.T @ x / len(x), drift, 1.0) - w).norm() < 0.1 * w.norm()
 
 
 @pytest.mark.parametrize("zero_point", ["midrise", "float"])

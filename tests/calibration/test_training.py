@@ -225,8 +225,19 @@ def test_resumed_training_gives_the_same_bytes(stage, stop_after, model, text, t
     assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
 
 
-def test_resumed_reconstruction_gives_the_same_bytes(model, text, tmp_path, monkeypatch):
-    whole = run(model, tmp_path / "whole", text, reconstruct=3)
+def test_correction_brings_the_streams_nearer(model, text, tmp_path):
+    """With the error of earlier layers made up for, the whole model is nearer to the original."""
+    plain, better = (run(model, tmp_path / f"{share}", text, correction=share) for share in (0.0, 0.5))
+    verify(better)
+    ids = calibration_tokens(AutoTokenizer.from_pretrained(model), str(text), 8, 32, 0)
+    wanted = log_probabilities(model, ids)
+    before, after = (kl(wanted, log_probabilities(folder, ids)) for folder in (plain, better))
+    assert after < before, (before, after)
+
+
+@pytest.mark.parametrize("settings", [{"reconstruct": 3}, {"reconstruct": 3, "correction": 0.5}])
+def test_resumed_reconstruction_gives_the_same_bytes(settings, model, text, tmp_path, monkeypatch):
+    whole = run(model, tmp_path / "whole", text, **settings)
 
     def interrupted(*arguments):
         if arguments[3].index == 1:  # the second block
@@ -236,8 +247,8 @@ def test_resumed_reconstruction_gives_the_same_bytes(model, text, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(quantize_blocks_module, "reconstruct", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(model, tmp_path / "out", text, reconstruct=3)
-    resumed = run(model, tmp_path / "out", text, resume=True, reconstruct=3)
+            run(model, tmp_path / "out", text, **settings)
+    resumed = run(model, tmp_path / "out", text, resume=True, **settings)
     assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
 
 
