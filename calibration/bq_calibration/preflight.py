@@ -163,7 +163,8 @@ def _memory(source: SourceModel, recipe: Recipe, checkpoint: int, weights: int, 
     widest = max(source.empty_block(0).in_features(group) for group in source.groups)
     corrects = bool(recipe.correction)
     states = _states(source, recipe) * (1 + bool(recipe.reconstruct or corrects) + corrects)
-    layer = (18 if recipe.reconstruct else 10 + item * corrects) * weights + 40 * widest**2 + TOKENS_PER_BATCH * features * item
+    layer = (18 if recipe.reconstruct else 10 + item * corrects) * weights
+    layer += 40 * widest**2 + TOKENS_PER_BATCH * features * item
     whole = 0
     if recipe.trains_end_to_end:
         kept = 1 if weights >= RECOMPUTE_FROM else source.num_blocks  # blocks whose activations are kept
