@@ -1,4 +1,4 @@
-"""The demo: a small real model, calibrated to 2 bits, served by vLLM beside its 16-bit original.
+"""The demo: a small real model in 2.6 bits, calibrated on text of its own and served by vLLM beside its original.
 
     python benchmarks/demo.py run FOLDER [--compute-dtype float32]
 
@@ -19,15 +19,18 @@ from typing import Annotated
 
 import typer
 
-PROMPTS = [
-    "The capital of France is",
-    "Water boils when",
-    "Once upon a time, in a small village,",
-    "To make a good cup of tea, first",
+TEXT = Path(__file__).parent / "demo_text.jsonl"
+QUESTIONS = [
+    "What is the capital of France?",
+    "Give me three tips for sleeping well.",
+    "Tell me a short story about a clever fox.",
+    "Why is the sky blue?",
 ]
-NEW_TOKENS = 48
-CALIBRATE = ["--recipe", "fast", "--samples", "24", "--seqlen", "512", "--refine", "2"]
-WINDOWS, CONTEXT = 4, 2048
+NEW_TOKENS, PENALTY = 64, 1.1
+CALIBRATE = ["--recipe", "fast", "--rotation", "hadamard", "--no-compare", "--refine", "1", "--correction", "0.5"]
+CALIBRATE += ["--samples", "24", "--seqlen", "512"]
+WAYS = {"2": [], "2.6": ["--target-bpw", "2.6"], "3": ["--bits", "3"]}  # docs/demo.md compares them
+WINDOWS, CONTEXT = 4, 1024
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -55,23 +58,39 @@ def write_model(out: Path) -> None:
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out)
 
 
-def write_texts(calibration: Path, evaluation: Path) -> None:
-    """English text that every Python brings along, its own language reference: one half each, by topic."""
-    topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
-    calibration.write_text("\n\n".join(topics[::2]))
-    evaluation.write_text("\n\n".join(topics[1::2]))
+@app.command(hidden=True)
+def write_text(model: str, out: Path = TEXT, documents: int = 72) -> None:
+    """Let the 16-bit model write the calibration text: answers to requests, and documents that begin at BOS."""
+    from bq_calibration.self_text import chat_prompt, requests
+    from transformers import AutoTokenizer
+    from vllm import LLM, SamplingParams
+
+    tokenizer, asked = AutoTokenizer.from_pretrained(model), requests()
+    prompts = [
+        [tokenizer.bos_token_id] if number % 3 == 1 else chat_prompt(tokenizer, next(asked))
+        for number in range(documents)
+    ]
+    llm = LLM(model=model, max_model_len=1024, max_num_seqs=96, enforce_eager=True)
+    sampling = SamplingParams(temperature=1, max_tokens=400)
+    answers = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
+    with open(out, "w") as file:
+        for ids, answer in zip(prompts, answers, strict=True):
+            text = tokenizer.decode(ids + list(answer.outputs[0].token_ids))
+            file.write(json.dumps({"text": text}) + "\n")
 
 
 @app.command(hidden=True)
 def generate(model: str, out: Path, dtype: str) -> None:
-    """Greedy continuations of PROMPTS by vLLM, then the decode rate of a batch of 32; written as JSON."""
+    """Answers to QUESTIONS by vLLM, then the decode rate of a batch of 32; written as JSON."""
     from vllm import LLM, SamplingParams
 
     # eager: compiling takes a minute and gains little for so few tokens
     llm = LLM(model=model, dtype=dtype, max_model_len=2048, max_num_seqs=32, enforce_eager=True)
-    greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
-    texts = [result.outputs[0].text for result in llm.generate(PROMPTS, greedy, use_tqdm=False)]
-    batch = [f"{prompt} ({n})" for n in range(8) for prompt in PROMPTS]
+    # small models go in circles without a penalty, in 16 bits too
+    greedy = SamplingParams(temperature=0, repetition_penalty=PENALTY, max_tokens=NEW_TOKENS)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    texts = [result.outputs[0].text for result in llm.chat(chats, greedy, use_tqdm=False)]
+    batch = [f"{question} ({n})" for n in range(8) for question in QUESTIONS]
     fixed = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     started = time.perf_counter()
     tokens = sum(len(result.outputs[0].token_ids) for result in llm.generate(batch, fixed, use_tqdm=False))
@@ -104,28 +123,32 @@ def run(
     compute_dtype: Annotated[
         str, typer.Option(help="auto: bfloat16 where the device multiplies it natively, else float32.")
     ] = "auto",
+    bits: Annotated[str, typer.Option(help=f"Bits per weight: {', '.join(WAYS)}; one per FOLDER.")] = "2.6",
 ) -> None:
     """Make what is missing, evaluate and generate with both models, and print them side by side."""
     import torch
     from bq_calibration.compute import dtype_name, native_dtype
     from rich.console import Console
 
+    if bits not in WAYS:
+        sys.exit(f"--bits {bits}: expected one of {', '.join(WAYS)}")
     console = Console(width=110)
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    models = {"16-bit": folder / "SmolLM2-135M", "butterfly, 2-bit": folder / "SmolLM2-135M-bq2"}
+    models = {"16-bit": folder / "SmolLM2-135M", f"butterfly, {bits} bits": folder / "SmolLM2-135M-bq2"}
     original, ours = models.values()
     python, scripts = sys.executable, Path(sys.executable).parent
     log = folder / "demo.log"
     if not (original / "model.safetensors").exists():
         console.print("[bold]1. the 16-bit model")
         run_step(log, python, __file__, "write-model", original)
-    calibration, text = folder / "calibration.txt", folder / "evaluation.txt"
-    write_texts(calibration, text)
+    # English text that every Python brings along: its language reference
+    text = folder / "evaluation.txt"
+    text.write_text("\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items())))
     if not ours.exists():
         console.print("[bold]2. calibration")
-        flags = [*CALIBRATE, "--compute-dtype", compute_dtype, "--resume"]
-        run_step(log, scripts / "bq-calibrate", original, "-o", ours, "--dataset", calibration, *flags, bars=True)
+        flags = [*CALIBRATE, *WAYS[bits], "--compute-dtype", compute_dtype, "--resume"]
+        run_step(log, scripts / "bq-calibrate", original, "-o", ours, "--dataset", TEXT, *flags, bars=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype_name(native_dtype(torch.bfloat16, device)) if compute_dtype == "auto" else compute_dtype
     results = {}
@@ -138,8 +161,11 @@ def run(
         results[label] = json.loads(scores.read_text()) | json.loads(texts.read_text())
     report = json.loads((ours / "bq_report.json").read_text())
     print_comparison(console, models, results, report, dtype)
+    seconds = {"calibration": report["run"]["wall_seconds"], "demo": time.monotonic() - started}
+    facts = {"dtype": dtype, "seconds": seconds, "bits_per_weight": report["totals"]["bits_per_weight"]}
+    (folder / "demo.json").write_text(json.dumps(facts | {"results": results}, indent=1))
     console.print(
-        f"calibration {report['run']['wall_seconds']:.0f} s, demo {time.monotonic() - started:.0f} s; "
+        f"calibration {seconds['calibration']:.0f} s, demo {seconds['demo']:.0f} s; "
         "on a CPU the packed weights are unfolded at load time: speed and memory are those of dense weights.\n"
         f"Serve it: make serve. Checkpoints: {original}, {ours}"
     )
@@ -149,13 +175,12 @@ def print_comparison(console, models: dict[str, Path], results: dict[str, dict],
     """Print the texts of all models, prompt by prompt, and a table of sizes, perplexities and speeds."""
     from rich.table import Table
 
-    for index, prompt in enumerate(PROMPTS):
-        console.print(f"\n[bold]{prompt}")
+    for index, question in enumerate(QUESTIONS):
+        console.print(f"\n[bold]{question}")
         for label, result in results.items():
             console.print(f"  {label}: {result['texts'][index].strip()!r}", markup=False, highlight=False)
     table = Table("", *results, title="SmolLM2-135M-Instruct (the 16-bit weights come from a 4-bit file)")
-    bits = {"16-bit": 16.0, "butterfly, 2-bit": report["totals"]["bits_per_weight"]}
-    table.add_row("bits per weight of linear layers", *(f"{bits[label]:.2f}" for label in results))
+    table.add_row("bits per weight of linear layers", "16.00", f"{report['totals']['bits_per_weight']:.2f}")
     sizes = (sum(f.stat().st_size for f in model.glob("*.safetensors")) / 1e6 for model in models.values())
     table.add_row("checkpoint, embeddings included, MB", *(f"{size:.1f}" for size in sizes))
     windows = f"{WINDOWS} windows of {CONTEXT}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from rich.progress import Progress
@@ -79,15 +80,14 @@ def sample_text(model, tokenizer, samples: int, seqlen: int, seed: int, progress
     if start is None:
         raise UserError("--dataset self: the tokenizer has neither BOS nor EOS to start from; give a text file")
     torch.manual_seed(seed)
-    requests = itertools.cycle(request.format(topic) for request in REQUESTS for topic in TOPICS)
-    chat, stream = tokenizer.chat_template is not None, []
+    asked, chat, stream = requests(), tokenizer.chat_template is not None, []
     task = progress.add_task("sampling text from the model", total=samples * seqlen)
     for number in itertools.count():
         if len(stream) >= samples * seqlen:
             break
         prompts = [[start]] * BATCH
         if chat and number % 2 == 0:
-            prompts = [_chat_prompt(tokenizer, next(requests)) for _ in range(BATCH)]
+            prompts = [chat_prompt(tokenizer, next(asked)) for _ in range(BATCH)]
         documents = _continue(model, prompts, seqlen, start, tokenizer.eos_token_id)
         stream += [token for document in documents for token in document]
         progress.update(task, completed=min(len(stream), samples * seqlen))
@@ -95,7 +95,14 @@ def sample_text(model, tokenizer, samples: int, seqlen: int, seed: int, progress
     return torch.tensor(stream[: samples * seqlen]).view(samples, seqlen)
 
 
-def _chat_prompt(tokenizer, request: str) -> list[int]:
+def requests() -> Iterator[str]:
+    """What a model is asked for, without end."""
+    pairs = zip(itertools.cycle(REQUESTS), itertools.cycle(TOPICS), strict=True)  # both change from one to the next
+    return (request.format(topic) for request, topic in pairs)
+
+
+def chat_prompt(tokenizer, request: str) -> list[int]:
+    """Tokens of a request as the chat template has it, up to where the answer begins."""
     message = [{"role": "user", "content": request}]
     return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
 
