@@ -44,14 +44,21 @@ def carried_files(folder: Path) -> Iterator[Path]:
     All files are, but for weights and what belongs to another form of the model: tokenizer and processor in whatever
     files they have, chat templates, code that `auto_map` of config.json names, licences.
     """
-    found = [folder, *(folder / name for name in _CARRIED_FOLDERS)]
-    for file in sorted(file for part in found if part.is_dir() for file in part.iterdir()):
-        if not file.is_file() or any(fnmatch(file.name.lower(), pattern.lower()) for pattern in _NOT_CARRIED):
-            continue
+    return (file.relative_to(folder) for file in _beside_weights(folder) if file.stat().st_size <= _MOST_BYTES)
+
+
+def warn_of_large_files(folder: Path) -> None:
+    """Log the files that a checkpoint does not carry over for their size alone."""
+    for file in _beside_weights(folder):
         if file.stat().st_size > _MOST_BYTES:
             logger.warning("%s is not carried over: %.0f MB", file, file.stat().st_size / 1e6)
-            continue
-        yield file.relative_to(folder)
+
+
+def _beside_weights(folder: Path) -> Iterator[Path]:
+    found = [folder, *(folder / name for name in _CARRIED_FOLDERS)]
+    for file in sorted(file for part in found if part.is_dir() for file in part.iterdir()):
+        if file.is_file() and not any(fnmatch(file.name.lower(), pattern.lower()) for pattern in _NOT_CARRIED):
+            yield file
 
 
 def _commit(temporary: Path, path: Path) -> None:

@@ -16,6 +16,7 @@ from .data import gather_tokens
 from .distill import train_end_to_end
 from .errors import UserError
 from .export import export, write_checksums
+from .files import warn_of_large_files
 from .logs import log_to
 from .model import SourceModel
 from .model_card import write_model_card
@@ -72,6 +73,7 @@ class Calibration:
         plan, work = preflight.plan(self.source, self.config, self.recipe), self.workspace
         with work.opened(settings, plan.disk_bytes), log_to(work.log):
             logger.info("%s: %s", self.source.name, settings)
+            warn_of_large_files(self.source.folder)
             if not work.resumed:
                 preflight.check_weights(self.source, progress)
             tokens = work.tensors("tokens", lambda: {"tokens": gather_tokens(self.source, self.recipe, progress)})
@@ -94,6 +96,7 @@ class Calibration:
         """
         plan = preflight.plan(self.source, self.config, self.recipe)
         self.workspace.check_free(plan.disk_bytes)
+        warn_of_large_files(self.source.folder)
         preflight.check_weights(self.source, progress)
         tokens = self._fitted(gather_tokens(self.source, self.recipe, progress))
         preflight.check_activations(self.source, tokens, progress)

@@ -178,7 +178,7 @@ class QuantConfig:
         _reject_unknown_keys("quantization_config", data, names | {"quant_method", "format_version"})
         if data.get("quant_method") != QUANT_METHOD:
             raise FormatError(f"quant_method: expected {QUANT_METHOD!r}, found {data.get('quant_method')!r}")
-        if data.get("format_version") != FORMAT_VERSION:
+        if data.get("format_version") != FORMAT_VERSION or data["format_version"] is True:  # which equals 1
             raise FormatError(
                 f"format_version: this software reads version {FORMAT_VERSION}, "
                 f"the checkpoint says {data.get('format_version')!r}"
