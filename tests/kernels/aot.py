@@ -74,6 +74,11 @@ class Launched:
     arguments: tuple
     config: dict[str, Any]
 
+    @property
+    def source(self) -> tuple:
+        """What `build` and `inspect` take."""
+        return self.kernel, self.arguments, self.config
+
     def tensors(self) -> list[torch.Tensor]:
         """The tensors among the arguments."""
         return [value for value in self.arguments if isinstance(value, torch.Tensor)]
@@ -90,7 +95,7 @@ class Recorder:
         return lambda *arguments, **config: self.launches.append(Launched(self.kernel, grid, arguments, config))
 
 
-def record(monkeypatch, target, kernels, launcher_module, launcher, *arguments):
+def record_launches(monkeypatch, target, kernels, launcher_module, launcher, *arguments):
     """The launches that a call makes on a GPU like an H100, and what it returns; `kernels`: (module, name) of all."""
     launches = []
     with monkeypatch.context() as patch:
@@ -102,20 +107,27 @@ def record(monkeypatch, target, kernels, launcher_module, launcher, *arguments):
     return launches, result
 
 
-def build(launch: Launched, target):
+def record(monkeypatch, target, kernel_module, kernel, launcher_module, launcher, *arguments):
+    """Kernel, arguments and options of every launch that a call on `meta` tensors makes on a GPU like an H100."""
+    kernels = [(kernel_module, kernel)]
+    launches, _ = record_launches(monkeypatch, target, kernels, launcher_module, launcher, *arguments)
+    return [launch.source for launch in launches]
+
+
+def build(kernel, arguments, config, target):
     """Compile for the arguments of a launch, specialised as Triton does on one: None, 1 and multiples of 16."""
-    names = launch.kernel.arg_names
-    constants = {name: value for name, value in launch.config.items() if name in names}
-    options = {name: value for name, value in launch.config.items() if name not in names}
+    names = kernel.arg_names
+    constants = {name: value for name, value in config.items() if name in names}
+    options = {name: value for name, value in config.items() if name not in names}
     signature, attributes = dict.fromkeys(names, "constexpr"), {}
-    for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
+    for i, (name, value) in enumerate(zip(names, arguments, strict=False)):
         if value is None or (isinstance(value, int) and value == 1):
             constants[name] = value
             continue
         signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         if (value.data_ptr() if isinstance(value, torch.Tensor) else value) % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=target, options=options)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 
 def _hottest_loop(sass: str) -> Counter:
@@ -133,10 +145,10 @@ def _hottest_loop(sass: str) -> Counter:
     return counts[weight.index(max(weight))] if counts else Counter()
 
 
-def inspect(launch: Launched, target, tmp_path) -> Report:
+def inspect(kernel, arguments, config, target, tmp_path) -> Report:
     """Build for a target and read the result; fails where registers spill or shared memory does not suffice."""
     gpu, shared_limit, _ = ALL_TARGETS[target]
-    built = build(launch, gpu)
+    built = build(kernel, arguments, config, gpu)
     loop, code, static = Counter(), [], 0
     if gpu.backend == "cuda":
         cubin = tmp_path / "kernel.cubin"

@@ -440,7 +440,7 @@ def simulate(launch: Launched, target: str, written_before: list[torch.Tensor]) 
     With programmatic dependent launch, `written_before` must not be read before the wait for the kernel that writes it.
     """
     gpu, _, pdl = ALL_TARGETS[target]
-    built = build(launch, gpu)
+    built = build(*launch.source, gpu)
     storages = {id(tensor): tensor.untyped_storage() for tensor in launch.tensors()}
     raw = {key: torch.tensor([], dtype=torch.uint8).set_(storage) for key, storage in storages.items()}
     memory = Memory(sum(len(content) + 1024 for content in raw.values()) + 8192)

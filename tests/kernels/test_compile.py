@@ -23,7 +23,7 @@ from bq_kernels import (
 from bq_kernels.format import split_block
 from bq_kernels.triton_linear import Launch
 
-from .aot import BORROWING_TARGETS, TARGETS, inspect, record
+from .aot import BORROWING_TARGETS, TARGETS, inspect, record, record_launches
 
 pytestmark = pytest.mark.skipif(ops.interpreted(), reason="an interpreted kernel cannot be compiled")
 
@@ -62,9 +62,9 @@ def test_rotation(block_size, rows, dtype, target, monkeypatch, tmp_path):
     blocks = max(FEATURES // block_size, 1)
     tables = meta(blocks, 2, k, block_size // 2, dtype=torch.float32), meta(blocks, m, m, dtype=torch.float32)
     x = meta(rows, blocks * block_size, dtype=dtype)
-    kernels = [(triton_rotate, "_rotate_kernel")]
-    for launch in record(monkeypatch, target, kernels, triton_rotate, "apply_rotation", x, *tables)[0]:
-        inspect(launch, target, tmp_path)
+    module = triton_rotate
+    for launch in record(monkeypatch, target, module, "_rotate_kernel", module, "apply_rotation", x, *tables):
+        inspect(*launch, target, tmp_path)
 
 
 def layer(bits, group, float_zero):
@@ -109,9 +109,9 @@ def test_linear(line, bits, group, float_zero, dtype, target, monkeypatch, tmp_p
         *tables,
         line,
     )
-    kernels = [(module, f"_{line.kernel}_kernel")]
-    [launch], _ = record(monkeypatch, target, kernels, triton_linear, "packed_linear", *arguments)
-    report = inspect(launch, target, tmp_path)
+    kernel = f"_{line.kernel}_kernel"
+    [launch] = record(monkeypatch, target, module, kernel, triton_linear, "packed_linear", *arguments)
+    report = inspect(*launch, target, tmp_path)
     if target != "sm90":
         return
     assert report.count("HGMMA") > 0
@@ -134,7 +134,7 @@ def test_linear(line, bits, group, float_zero, dtype, target, monkeypatch, tmp_p
 # bytes per multiprocessor that an H100's memory moves while a request waits: 3.35 TB/s (data sheet) × 0.7 µs (assumed)
 # over 132. With fewer under way it idles.
 BYTES_IN_FLIGHT = 17.8e3
-SHARED_PER_MULTIPROCESSOR = {"sm80": 164 * 1024, "sm90": 228 * 1024}
+KIB_PER_MULTIPROCESSOR = {"sm80": 164, "sm89": 100, "sm90": 228, "sm100": 228, "sm120": 100}  # of shared memory
 
 
 def mma_launches():
@@ -143,7 +143,8 @@ def mma_launches():
     exact = Launch(16, "mma", outputs=32, warps=8, stages=5, exact=True)
     cases = [(1, *KINDS[0], narrow), (16, *KINDS[2], wide), (1, *KINDS[0], wide), (16, *KINDS[0], narrow)]
     cases += [(8, *kind, launch) for kind in (*KINDS[1:], *MORE) for launch in (narrow, exact)]
-    for target, (i, case) in itertools.product(("sm90", "sm80"), enumerate(cases)):
+    borrowed = itertools.product(BORROWING_TARGETS, [(0, cases[0])])
+    for target, (i, case) in [*itertools.product(("sm90", "sm80"), enumerate(cases)), *borrowed]:
         marks = [pytest.mark.slow] * (target != "sm90" or i > 1)
         yield pytest.param(*case, target, marks=marks, id=f"{target}-{i}")
 
@@ -153,9 +154,9 @@ def test_mma(rows, bits, group, float_zero, dtype, launch, target, monkeypatch, 
     tables = meta(FEATURES // group, 2, group.bit_length() - 1, group // 2, dtype=torch.float32), meta(1, 1, 1)
     arguments = meta(rows, FEATURES, dtype=dtype), *layer(bits, group, float_zero), None, FEATURES, *tables, launch
     kernels = [(triton_arrange, "_arrange_kernel"), (triton_mma, "_mma_kernel")]
-    (arrange, multiply), _ = record(monkeypatch, target, kernels, triton_linear, "packed_linear", *arguments)
-    before = inspect(arrange, target, tmp_path)
-    report = inspect(multiply, target, tmp_path)
+    (arrange, multiply), _ = record_launches(monkeypatch, target, kernels, triton_linear, "packed_linear", *arguments)
+    before = inspect(*arrange.source, target, tmp_path)
+    report = inspect(*multiply.source, target, tmp_path)
     config = multiply.config
     # what a launch allocates comes on top of what the code declares: more than 48 KiB in all would need an opt-in
     assert config["WARPS"] * config["STAGES"] * config["STAGE_BYTES"] + report.shared <= triton_mma.SHARED_LIMIT
@@ -166,7 +167,7 @@ def test_mma(rows, bits, group, float_zero, dtype, launch, target, monkeypatch, 
     assert report.count("LDS.128") == strips * (2 if bits == 4 else 1)
     words = strips * 2 * bits
     instructions, allowed = report.loop.total() / words, ROOFLINE * (bits + (32 if float_zero else 16) / group) / bits
-    in_flight = report.programs(32 * config["WARPS"], SHARED_PER_MULTIPROCESSOR[target])
+    in_flight = report.programs(32 * config["WARPS"], KIB_PER_MULTIPROCESSOR[target] * 1024)
     in_flight *= config["WARPS"] * (config["STAGES"] - 1) * config["STAGE_BYTES"]
     print(f"{instructions:.1f} instructions per packed word of {allowed:.1f}, {in_flight} bytes in flight")
     assert instructions <= allowed * SLACK
@@ -187,6 +188,6 @@ def test_mma(rows, bits, group, float_zero, dtype, launch, target, monkeypatch, 
 )
 def test_dequantize(bits, group, float_zero, dtype, target, monkeypatch, tmp_path):
     arguments = *layer(bits, group, float_zero), FEATURES, FEATURES, dtype
-    kernels = [(triton_dequantize, "_dequantize_kernel")]
-    [launch], _ = record(monkeypatch, target, kernels, triton_dequantize, "dequantize", *arguments)
-    inspect(launch, target, tmp_path)
+    module = triton_dequantize
+    [launch] = record(monkeypatch, target, module, "_dequantize_kernel", module, "dequantize", *arguments)
+    inspect(*launch, target, tmp_path)

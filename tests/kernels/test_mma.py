@@ -18,7 +18,7 @@ from bq_kernels.gpu import Gpu
 from bq_kernels.tiles import tiled_linear
 from bq_kernels.triton_linear import Launch
 
-from .aot import record
+from .aot import record_launches
 from .ptxsim import simulate
 from .test_triton import assert_within, random_layer, random_tables
 
@@ -44,7 +44,7 @@ def simulated(monkeypatch, x, packed, bias, out_features, tables=(None, None), l
         patch.setattr(triton_linear, "rotate_and_arrange", arrange_by_reference)
         kernels = [(triton_mma, "_mma_kernel")]
         arguments = x, *packed, bias, out_features, *tables, launch or mma()
-        [launch], out = record(patch, target, kernels, triton_linear, "packed_linear", *arguments)
+        [launch], out = record_launches(patch, target, kernels, triton_linear, "packed_linear", *arguments)
     out.fill_(math.nan)
     simulate(launch, target, launch.tensors()[:2])
     return out
