@@ -20,6 +20,8 @@ from typing import Annotated
 
 import torch
 import typer
+from bq_kernels.gpu import gpu_of
+from bq_kernels.triton_linear import Launch
 from rich.console import Console
 
 from benchmarks.harness.provenance import command
@@ -96,9 +98,11 @@ def tune(
     shapes = [SHAPES["smoke"]["smoke"]] if smoke else TUNED_SHAPES
     counts = (1, 5) if smoke else TUNED_ROWS
     cases = [LinearCase(*shape, group, device, cache) for shape in shapes]
-    build_kernels([WarmUp(*shape, group, [n], tuning.candidates(n)) for n in counts for shape in shapes], console)
-    best = [vars(launch) for launch in tuning.rank(counts, cases, deadline, console, 2 if smoke else None)]
-    best.append({"max_rows": None, "kernel": "dense"})
+    tried = gpu_of(cases[0].packed[0][0])
+    build_kernels(
+        [WarmUp(*shape, group, [n], tuning.candidates(n, tried)) for n in counts for shape in shapes], console
+    )
+    best = [*tuning.rank(counts, cases, deadline, console, 2 if smoke else None), Launch(None, "dense")]
     gpu = environment()["device"]
     if not smoke:
         tuning.write_launch_table(gpu, best)

@@ -11,25 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bq_kernels import triton_linear
-from bq_kernels.triton_linear import LAUNCH_TABLE, Launch
+from bq_kernels import reference, triton_linear, triton_mma
+from bq_kernels.gpu import Gpu, gpu_of
+from bq_kernels.triton_linear import LAUNCH_TABLE, MOST_DECODE_ROWS, Launch
 from rich.console import Console
 
 from benchmarks.harness.timing import median_seconds
 from benchmarks.packed_linear.cases import DTYPE, LinearCase
+from benchmarks.packed_linear.measure import MOST_ERROR
 
 COMMON_FIELDS = ("max_rows", "kernel")
 KERNEL_FIELDS = {
     "decode": ("programs", "slice", "fuse"),
+    "mma": ("outputs", "warps", "stages", "exact"),
     "gemm": ("programs", "block_m", "tiles", "stages", "warps"),
     "dense": (),
 }
+# outputs, warps and stages of the decode kernel on mma.sync: many small programs to few large ones, and of those that
+# differ little in this the ones with the most bytes under way
+MMA_SHAPES = ((16, 8, 8), (16, 16, 5), (32, 4, 8), (32, 8, 3), (32, 8, 5), (32, 16, 2), (64, 4, 5), (64, 8, 2))
+MMA_EXACT_SHAPES = ((32, 8, 5), (64, 8, 2))
 
 
-def candidates(rows: int) -> list[Launch]:
-    """Launches worth trying for a number of rows."""
+def candidates(rows: int, gpu: Gpu) -> list[Launch]:
+    """Launches worth trying for a number of rows on a GPU."""
     found = []
-    if rows <= 16:
+    if rows <= MOST_DECODE_ROWS:
+        if triton_mma.runs_on(gpu):
+            for exact, shapes in ((False, MMA_SHAPES), (True, MMA_EXACT_SHAPES)):
+                for outputs, warps, stages in shapes:
+                    found.append(Launch(rows, "mma", outputs=outputs, warps=warps, stages=stages, exact=exact))
         for columns, programs, fuse in itertools.product((256, 512, 1024), (2, 3, 4, 6), (True, False)):
             found.append(Launch(rows, "decode", programs, columns, fuse))
     if rows >= 8:
@@ -43,18 +54,32 @@ def candidates(rows: int) -> list[Launch]:
     return found
 
 
-def _mean_seconds(launch: Launch, rows: int, cases: list[LinearCase], tables: list[tuple]) -> float:
-    """Geometric mean over layers of a launch's time, with a rotation in blocks of a group."""
+def _mean_seconds(launch: Launch, cases: list[LinearCase], tables: list[tuple], xs: list, targets: list) -> float:
+    """Geometric mean over layers of a launch's time, with a rotation in blocks of a group.
+
+    Raises:
+        ValueError: if a result is not `targets`, the float32 products of the first sets; not checked on a CPU, where
+            kernels do not run.
+    """
     logarithms = []
-    for case, (cos_sin, mix) in zip(cases, tables, strict=True):
-        x = torch.randn(rows, case.in_features, device=case.device, dtype=DTYPE)
+    for case, (cos_sin, mix), x, target in zip(cases, tables, xs, targets, strict=True):
 
         def call(i, x=x, case=case, cos_sin=cos_sin, mix=mix):
             return triton_linear.packed_linear(x, *case.packed[i], None, case.out_features, cos_sin, mix, launch)
 
-        timed = call if case.device == "cuda" else lambda i: None  # kernels do not run on a CPU
-        logarithms.append(math.log(max(median_seconds(timed, len(case.packed)), 1e-12)))
+        if target is None:
+            logarithms.append(math.log(max(median_seconds(lambda i: None, len(case.packed)), 1e-12)))
+            continue
+        error = ((call(0).float() - target).norm() / target.norm()).item()
+        if not error < MOST_ERROR:  # NaN too
+            raise ValueError(f"wrong result: relative error {error:.2e}")
+        logarithms.append(math.log(median_seconds(call, len(case.packed))))
     return math.exp(sum(logarithms) / len(logarithms))
+
+
+def _target(x: torch.Tensor, case: LinearCase, tables: tuple) -> torch.Tensor | None:
+    """The product of the first set in float32; None on a CPU."""
+    return reference.apply_rotation(x, *tables).float() @ case.weight.T if case.device == "cuda" else None
 
 
 def rank(
@@ -70,14 +95,17 @@ def rank(
         most: candidates per number of rows; all by default.
     """
     tables = [case.rotation_tables(case.group_size) for case in cases]
+    gpu = gpu_of(cases[0].packed[0][0])
     for rows in counts:
         ranked: list[tuple[float, Launch]] = []
-        for launch in candidates(rows)[:most]:
+        xs = [torch.randn(rows, case.in_features, device=case.device, dtype=DTYPE) for case in cases]
+        targets = [_target(x, case, table) for x, case, table in zip(xs, cases, tables, strict=True)]
+        for launch in candidates(rows, gpu)[:most]:
             if time.monotonic() > deadline:
                 break
             try:
-                ranked.append((_mean_seconds(launch, rows, cases, tables), launch))
-            except Exception as problem:  # too many registers or too much shared memory for this GPU
+                ranked.append((_mean_seconds(launch, cases, tables, xs, targets), launch))
+            except Exception as problem:  # too many registers, too much shared memory for this GPU, a wrong result
                 console.print(f"left out: {launch}: {type(problem).__name__}: {problem}"[:160], markup=False)
         ranked.sort(key=lambda item: item[0])
         for mean, launch in ranked[:3]:

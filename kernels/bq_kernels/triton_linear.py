@@ -11,6 +11,9 @@ layers of LLaMA-2-7B and 8192², 2 bits, groups of 128, the rotation in blocks o
 - Sixteen rows: the GEMM kernel takes 16.1 µs, the decode kernel 22.7. With 8 rows that takes 17.8, so GEMM starts at 5.
 - At 256 rows the GEMM kernel takes 63 µs (cuBLAS on 16-bit weights: 55), at 1,024 `dense` takes 232 (178).
 
+A second decode kernel, `mma` (triton_mma.py), has not been measured on any GPU, so no line of the table names it yet:
+`benchmarks/kernels.py tune` tries it beside the others and writes it into the table where it is faster.
+
 Other capabilities get the lines of the nearest entry. Where the matrix instruction keeps its operands in registers
 (`mma.sync`: sm80 to sm89, sm120), slices of 1,024 columns and blocks of 128 rows spill; where a program has 64 KiB of
 shared memory (AMD), blocks of 128 rows exceed it and blocks of 32 × 128 leave no room for a second program. Those lines
@@ -28,12 +31,14 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from . import triton_decode, triton_gemm
+from . import triton_decode, triton_gemm, triton_mma
 from .format import GROUP_MULTIPLE
 from .gpu import Gpu, gpu_of
 from .tiles import TILE_N, tile_bits
+from .triton_arrange import fuses, rotate_and_arrange
 from .triton_dequantize import dequantize
 from .triton_rotate import apply_rotation
+from .triton_unpack import unit_of
 
 LAUNCH_TABLE = Path(__file__).with_name("launch.json")
 NOT_MEASURED = ", not measured"  # ends the name of an entry whose lines no GPU has run
@@ -46,11 +51,14 @@ class Launch:
 
     Attributes:
         max_rows: largest number of rows of x that it is for; None for any number.
-        kernel: `decode`, `gemm`, or `dense` (dequantize, then the vendor's product).
-        programs: programs per multiprocessor; K is split until there are as many.
+        kernel: `decode`, `mma`, `gemm`, or `dense` (dequantize, then the vendor's product); `decode` and `mma` are for
+            up to 16 rows.
+        programs: decode, gemm: programs per multiprocessor; K is split until there are as many.
         slice: decode: columns that a program keeps, where its registers hold them.
         fuse: decode: whether the program rotates them itself.
-        block_m, tiles, stages, warps: gemm: see triton_gemm.launch_config.
+        block_m, tiles: gemm: see triton_gemm.launch_config.
+        stages, warps: gemm and mma: see there and triton_mma.launch_config.
+        outputs, exact: mma: see triton_mma.launch_config.
     """
 
     max_rows: int | None
@@ -62,6 +70,12 @@ class Launch:
     tiles: int = 1
     stages: int = 3
     warps: int = 4
+    outputs: int = 32
+    exact: bool = False
+
+
+MOST_DECODE_ROWS = 16
+WITHOUT_MMA = Launch(MOST_DECODE_ROWS, "decode", 4)  # where a line says `mma` and the GPU has no such instruction
 
 
 def nearest_capability(architecture: str) -> str:
@@ -140,6 +154,34 @@ def decode_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, launch: 
     return out
 
 
+def mma_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, launch: Launch, gpu: Gpu):
+    """Launch the decode kernel on mma.sync on x [rows, K], rows ≤ 16, behind the kernel that arranges x for it."""
+    (rows, in_features), bits, group_size = x.shape, tile_bits(tiles), x.shape[1] // scales.shape[0]
+    unit = unit_of(group_size)
+    operands, sums = rotate_and_arrange(x, cos_sin, bits, unit, launch.exact, gpu)
+    shape = launch.outputs, launch.warps, launch.stages
+    config = triton_mma.launch_config(rows, bits, group_size, in_features, zeros is not None, *shape, launch.exact)
+    out = x.new_empty(rows, out_features)
+    triton_mma._mma_kernel[(triton.cdiv(out_features, 16 * config["STRIPS"]),)](
+        operands,
+        sums,
+        tiles,
+        scales,
+        zeros,
+        bias,
+        out,
+        rows,
+        out_features,
+        tiles.shape[1],
+        in_features // unit,
+        scales.shape[1],
+        **config,
+        PDL=gpu.pdl,
+        **gpu.options,
+    )
+    return out
+
+
 def gemm_linear(x, tiles, scales, zeros, bias, out_features, launch: Launch, gpu: Gpu):
     """Launch the GEMM kernel on rotated x [rows, K]."""
     rows, in_features = x.shape
@@ -196,8 +238,9 @@ def packed_linear(
     Raises:
         ValueError: if groups are not a multiple of 32 columns.
 
-    `decode` multiplies exactly and adds up in float32. Before that, `gemm` rounds a float zero, and `dense` all of W′,
-    to the dtype of x.
+    `decode` and `mma` multiply exactly and add up in float32; `mma` rounds Q x to float16 with an exponent per group
+    instead of to the dtype of x (operands.py), and x that is not finite gives NaN. `gemm` rounds a float zero, and
+    `dense` all of W′, to the dtype of x before that.
     """
     in_features = x.shape[-1]
     shape = (*x.shape[:-1], out_features)
@@ -213,7 +256,9 @@ def packed_linear(
     launch = launch or choose(gpu, x.shape[0])
     if x.dtype == torch.float32 and x.is_cuda:  # the matrix units do not take it
         launch = Launch(None, "dense")
-    fused = False
+    if launch.kernel == "mma" and not triton_mma.runs_on(gpu):
+        launch = WITHOUT_MMA
+    fused = launch.kernel == "mma" and cos_sin is not None and fuses(cos_sin, mix)
     if launch.kernel == "decode" and launch.fuse and cos_sin is not None:
         columns = triton_decode.kept_columns(launch.slice, tile_bits(tiles), group_size, zeros is not None)
         # rotation blocks that are a power of two and that a program keeps whole
@@ -224,6 +269,8 @@ def packed_linear(
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if launch.kernel == "decode":
             out = decode_linear(*packed, cos_sin if fused else None, launch, gpu)
+        elif launch.kernel == "mma":
+            out = mma_linear(*packed, cos_sin if fused else None, launch, gpu)
         elif launch.kernel == "gemm":
             out = gemm_linear(*packed, launch, gpu)
         else:

@@ -23,6 +23,20 @@ PASS_COLUMNS = 32  # columns per program of the second pass
 
 
 @triton.jit
+def rotate_pairs(y, cos, sin, SPAN: tl.constexpr):
+    """One layer of Givens rotations: of y [rows, width], pairs SPAN features apart by cos and sin [width / 2]."""
+    ROWS: tl.constexpr = y.shape[0]
+    WIDTH: tl.constexpr = y.shape[1]
+    PAIR_RUNS: tl.constexpr = WIDTH // 2 // SPAN
+    cos = tl.reshape(cos, [1, PAIR_RUNS, SPAN])
+    sin = tl.reshape(sin, [1, PAIR_RUNS, SPAN])
+    # one bit of the position tells the members of a pair apart: make it the last axis and split
+    low, high = tl.split(tl.permute(tl.reshape(y, [ROWS, PAIR_RUNS, 2, SPAN]), [0, 1, 3, 2]))
+    rotated = tl.join(cos * low - sin * high, sin * low + cos * high)
+    return tl.reshape(tl.permute(rotated, [0, 1, 3, 2]), [ROWS, WIDTH])
+
+
+@triton.jit
 def butterfly(
     y,
     table_ptr,
@@ -42,11 +56,8 @@ def butterfly(
         num_pairs: pairs of y that have an entry there; others stay as they are.
         LAYERS, BLOCK_SIZE: k and b of the rotation.
     """
-    ROWS: tl.constexpr = y.shape[0]
-    WIDTH: tl.constexpr = y.shape[1]
-    HALF: tl.constexpr = WIDTH // 2
     BLOCK_PAIRS: tl.constexpr = BLOCK_SIZE // 2
-    offs_pair = tl.arange(0, HALF)
+    offs_pair = tl.arange(0, y.shape[1] // 2)
     mask = offs_pair < num_pairs
     position = offs_pair // COLUMNS * (1 << FIRST_LAYER) + offs_pair % COLUMNS
     block_ptrs = table_ptr + position // BLOCK_PAIRS * (2 * LAYERS * BLOCK_PAIRS)
@@ -54,12 +65,7 @@ def butterfly(
     for j in tl.static_range(NUM_LAYERS):
         cos = tl.load(cos_ptrs + j * BLOCK_PAIRS, mask=mask, other=1.0)
         sin = tl.load(cos_ptrs + (LAYERS + j) * BLOCK_PAIRS, mask=mask, other=0.0)
-        cos = tl.reshape(cos, [1, HALF // (COLUMNS << j), COLUMNS << j])
-        sin = tl.reshape(sin, [1, HALF // (COLUMNS << j), COLUMNS << j])
-        # one bit of the position tells the members of a pair apart: make it the last axis and split
-        low, high = tl.split(tl.permute(tl.reshape(y, [ROWS, HALF // (COLUMNS << j), 2, COLUMNS << j]), [0, 1, 3, 2]))
-        rotated = tl.join(cos * low - sin * high, sin * low + cos * high)
-        y = tl.reshape(tl.permute(rotated, [0, 1, 3, 2]), [ROWS, WIDTH])
+        y = rotate_pairs(y, cos, sin, COLUMNS << j)
     return y
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bq_kernels.gpu import Gpu
 from bq_kernels.triton_linear import Launch
 
 from benchmarks.packed_linear import tuning
@@ -34,6 +35,15 @@ def test_tuning_of_kernels(run):
     assert LAUNCH_TABLE.read_text() == before
 
 
+def test_tuning_tries_kernels_that_the_gpu_has():
+    kernels = {}
+    for architecture in ("sm90", "sm80", "gfx942"):
+        gpu = Gpu("", architecture, 1, False)
+        kernels[architecture] = [{launch.kernel for launch in tuning.candidates(rows, gpu)} for rows in (1, 16, 128)]
+    assert kernels["sm90"] == kernels["sm80"] == [{"decode", "mma"}, {"decode", "mma", "gemm"}, {"gemm", "dense"}]
+    assert kernels["gfx942"] == [{"decode"}, {"decode", "gemm"}, {"gemm", "dense"}]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_kernels_want_a_gpu(start):
     done = start("kernels.py", "run")
@@ -61,10 +71,11 @@ def test_tables_of_a_record():
 def test_launch_table_keeps_other_devices(tmp_path):
     path = tmp_path / "launch.json"
     path.write_text('{"sm90": [{"max_rows": null, "kernel": "dense"}]}')
-    launches = [Launch(1, "decode", 2, 1024, True), Launch(64, "gemm", block_m=64), Launch(None, "dense")]
+    mma = Launch(8, "mma", outputs=64, warps=8, stages=2, exact=True)
+    launches = [Launch(1, "decode", 2, 1024, True), mma, Launch(64, "gemm", block_m=64), Launch(None, "dense")]
     tuning.write_launch_table("a GPU", launches, path)
     table = json.loads(path.read_text())
     assert table["sm90"] == [{"max_rows": None, "kernel": "dense"}]
     assert table["a GPU"][0] == {"max_rows": 1, "kernel": "decode", "programs": 2, "slice": 1024, "fuse": True}
     assert [Launch(**line) for line in table["a GPU"]] == launches
-    assert len(path.read_text().splitlines()) == 10  # one line per launch
+    assert len(path.read_text().splitlines()) == 11  # one line per launch

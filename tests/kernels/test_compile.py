@@ -10,10 +10,20 @@ import torch
 
 pytest.importorskip("triton")
 
-from bq_kernels import ops, triton_decode, triton_dequantize, triton_gemm, triton_linear, triton_rotate
+from bq_kernels import (
+    ops,
+    triton_arrange,
+    triton_decode,
+    triton_dequantize,
+    triton_gemm,
+    triton_linear,
+    triton_mma,
+    triton_rotate,
+)
 from bq_kernels.format import split_block
+from bq_kernels.triton_linear import Launch
 
-from .aot import BORROWING_TARGETS, TARGETS, inspect, record
+from .aot import BORROWING_TARGETS, TARGETS, inspect, record, record_launches
 
 pytestmark = pytest.mark.skipif(ops.interpreted(), reason="an interpreted kernel cannot be compiled")
 
@@ -119,6 +129,57 @@ def test_linear(line, bits, group, float_zero, dtype, target, monkeypatch, tmp_p
         assert instructions <= allowed * SLACK
     else:
         assert report.count("LDGSTS.E.BYPASS.128", "LDGSTS.E.128", "LDG.E.128") > 0
+
+
+# bytes per multiprocessor that an H100's memory moves while a request waits: 3.35 TB/s (data sheet) × 0.7 µs (assumed)
+# over 132. With fewer under way it idles.
+BYTES_IN_FLIGHT = 17.8e3
+KIB_PER_MULTIPROCESSOR = {"sm80": 164, "sm89": 100, "sm90": 228, "sm100": 228, "sm120": 100}  # of shared memory
+
+
+def mma_launches():
+    """Rows of x, kind of weight and launch; the first two on Hopper are not slow."""
+    wide, narrow = Launch(16, "mma", outputs=64, warps=4, stages=5), Launch(16, "mma", outputs=32, warps=8, stages=5)
+    exact = Launch(16, "mma", outputs=32, warps=8, stages=5, exact=True)
+    cases = [(1, *KINDS[0], narrow), (16, *KINDS[2], wide), (1, *KINDS[0], wide), (16, *KINDS[0], narrow)]
+    cases += [(8, *kind, launch) for kind in (*KINDS[1:], *MORE) for launch in (narrow, exact)]
+    borrowed = itertools.product(BORROWING_TARGETS, [(0, cases[0])])
+    for target, (i, case) in [*itertools.product(("sm90", "sm80"), enumerate(cases)), *borrowed]:
+        marks = [pytest.mark.slow] * (target != "sm90" or i > 1)
+        yield pytest.param(*case, target, marks=marks, id=f"{target}-{i}")
+
+
+@pytest.mark.parametrize(("rows", "bits", "group", "float_zero", "dtype", "launch", "target"), mma_launches())
+def test_mma(rows, bits, group, float_zero, dtype, launch, target, monkeypatch, tmp_path):
+    tables = meta(FEATURES // group, 2, group.bit_length() - 1, group // 2, dtype=torch.float32), meta(1, 1, 1)
+    arguments = meta(rows, FEATURES, dtype=dtype), *layer(bits, group, float_zero), None, FEATURES, *tables, launch
+    kernels = [(triton_arrange, "_arrange_kernel"), (triton_mma, "_mma_kernel")]
+    (arrange, multiply), _ = record_launches(monkeypatch, target, kernels, triton_linear, "packed_linear", *arguments)
+    before = inspect(*arrange.source, target, tmp_path)
+    report = inspect(*multiply.source, target, tmp_path)
+    config = multiply.config
+    # what a launch allocates comes on top of what the code declares: more than 48 KiB in all would need an opt-in
+    assert config["WARPS"] * config["STAGES"] * config["STAGE_BYTES"] + report.shared <= triton_mma.SHARED_LIMIT
+    assert len(multiply.grid) == 1 and report.count("HMMA") > 0 and report.count("BAR", "STG", "ATOM") == 0
+    # weights are copied 16 bytes at a time (third bits 8 at a time) and read from shared memory as wide
+    strips, zeros = config["STRIPS"], int(float_zero)
+    assert report.count("LDGSTS") == strips * {2: 1, 3: 2, 4: 2}[bits] + 1 + zeros
+    assert report.count("LDS.128") == strips * (2 if bits == 4 else 1)
+    words = strips * 2 * bits
+    instructions, allowed = report.loop.total() / words, ROOFLINE * (bits + (32 if float_zero else 16) / group) / bits
+    in_flight = report.programs(32 * config["WARPS"], KIB_PER_MULTIPROCESSOR[target] * 1024)
+    in_flight *= config["WARPS"] * (config["STAGES"] - 1) * config["STAGE_BYTES"]
+    print(f"{instructions:.1f} instructions per packed word of {allowed:.1f}, {in_flight} bytes in flight")
+    assert instructions <= allowed * SLACK
+    assert in_flight >= BYTES_IN_FLIGHT
+    if target == "sm90":
+        # before the wait for the kernel in front: requests for weights there, tables of the rotation here
+        waits = [code.index("ACQBULK") for code in (report.code, before.code)]
+        early = [name for name in report.code[: waits[0]] if name.startswith(("LD", "ST", "ATOM", "RED"))]
+        copies = [name for name in early if name.startswith("LDGSTS")]
+        assert len(copies) == report.count("LDGSTS") * (config["STAGES"] - 1)
+        assert not [name for name in early if name.startswith(("LDG.", "ST", "ATOM", "RED"))]
+        assert sum(name.startswith("LDG") for name in before.code[: waits[1]]) > 0
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from bq_kernels import ops, reference, triton_decode, triton_linear, triton_rotate
+from bq_kernels import operands, ops, reference, triton_arrange, triton_decode, triton_linear, triton_rotate
 from bq_kernels.format import num_angles
-from bq_kernels.gpu import Gpu
+from bq_kernels.gpu import Gpu, gpu_of
 from bq_kernels.packing import pack
 from bq_kernels.tiles import tile, tiled_linear
 from bq_kernels.triton_linear import Launch
@@ -118,6 +118,38 @@ def strided(features, dtype):
 def test_rotation_of_strided_inputs(call):
     for x in strided(192, HALF):
         check_rotation(call, x, 96)
+
+
+def arranged(x, cos_sin, bits, unit, exact):
+    """Operands, then sums, of the rows of x as one row of float32."""
+    parts = triton_arrange.rotate_and_arrange(x, cos_sin, bits, unit, exact, gpu_of(x))
+    return torch.cat([parts[0].float().flatten(), parts[1][:, : x.shape[0]].flatten()])
+
+
+@pytest.mark.parametrize(
+    ("rows", "in_features", "block", "bits", "unit", "exact"),
+    [
+        (1, 256, 128, 2, 128, False),
+        (3, 192, 64, 3, 64, False),
+        (5, 576, 1, 4, 32, True),
+        (16, 1024, 512, 2, 128, False),
+        (9, 160, 32, 4, 32, False),
+        (2, 1024, 1024, 3, 128, True),
+    ],
+)
+def test_arrange(call, rows, in_features, block, bits, unit, exact):
+    """Rows of very different sizes, a unit of zeros, a part of a tile."""
+    x = torch.randn(rows, in_features) * torch.tensor([1.0, 1e-20, 1e4, 1e30, 1e-6])[torch.arange(rows) % 5, None]
+    x[0, :unit] = 0
+    cos_sin, mix = random_tables(in_features // block, block)
+    got = call(arranged, x, cos_sin if block > 1 else None, bits, unit, exact)
+    want = operands.arrange(reference.apply_rotation(x, cos_sin, mix), bits, unit, exact)
+    arranged_x, sums = got.split([want[0].numel(), got.numel() - want[0].numel()])
+    # once rounded, to where float32 is off by little
+    torch.testing.assert_close(arranged_x.view_as(want[0]), want[0].float(), rtol=2.0**-10, atol=2.0**-10)
+    sums, want_sums = sums.view(-1, rows, 2), want[1][:, :rows]
+    assert torch.equal(sums[..., 1], want_sums[..., 1])
+    torch.testing.assert_close(sums[..., 0], want_sums[..., 0], rtol=1e-3, atol=unit * 2.0**-18)
 
 
 def random_layer(out_features, in_features, bits, group, float_zero, scale=1.0):
@@ -232,6 +264,17 @@ def test_gemm_split(call, programs):
         check_linear(call, x, 70, 2, 32, True, launch=gemm(32, tiles, programs))
 
 
+MMA = [Launch(None, "mma", outputs=outputs, warps=8, exact=exact) for outputs in (16, 64) for exact in (False, True)]
+
+
+@pytest.mark.parametrize("launch", MMA if torch.cuda.is_available() else MMA[:1])
+def test_mma(call, launch):
+    """On a GPU with the kernel's instructions; elsewhere a launch that names it goes to the other decode kernel."""
+    for bits, dtype in ((2, HALF), (3, BRAIN)):
+        bias = torch.randn(70).to(dtype)
+        check_linear(call, torch.randn(9, 448).to(dtype), 70, bits, 64, bits == 3, bias, launch=launch, block=64)
+
+
 @pytest.mark.parametrize("rows", [1, 16, 17, 33, 65, 257])
 def test_linear_by_number_of_rows(call, rows):
     bias = torch.randn(70).half()
@@ -326,8 +369,9 @@ def test_launch_table():
         lines = triton_linear.launches(entry.removesuffix(triton_linear.NOT_MEASURED), "")
         limits = [math.inf if line.max_rows is None else line.max_rows for line in lines]
         assert limits == sorted(set(limits)) and limits[-1] == math.inf
-        assert all(line.max_rows <= 16 for line in lines if line.kernel == "decode")
-        assert {line.kernel for line in lines} <= {"decode", "gemm", "dense"}
+        few = triton_linear.MOST_DECODE_ROWS
+        assert all(line.max_rows <= few for line in lines if line.kernel in ("decode", "mma"))
+        assert {line.kernel for line in lines} <= {"decode", "mma", "gemm", "dense"}
 
 
 @pytest.mark.parametrize(
