@@ -20,6 +20,7 @@ from typing import Annotated
 
 import torch
 import typer
+from bq_kernels.triton_linear import Launch
 from rich.console import Console
 
 from benchmarks.harness.provenance import command
@@ -97,8 +98,8 @@ def tune(
     counts = (1, 5) if smoke else TUNED_ROWS
     cases = [LinearCase(*shape, group, device, cache) for shape in shapes]
     build_kernels([WarmUp(*shape, group, [n], tuning.candidates(n)) for n in counts for shape in shapes], console)
-    best = [vars(launch) for launch in tuning.rank(counts, cases, deadline, console, 2 if smoke else None)]
-    best.append({"max_rows": None, "kernel": "dense"})
+    best = list(tuning.rank(counts, cases, deadline, console, 2 if smoke else None))
+    best.append(Launch(None, "dense", fuse=True))
     gpu = environment()["device"]
     if not smoke:
         tuning.write_launch_table(gpu, best)

@@ -22,7 +22,7 @@ COMMON_FIELDS = ("max_rows", "kernel")
 KERNEL_FIELDS = {
     "decode": ("programs", "slice", "fuse"),
     "gemm": ("programs", "block_m", "tiles", "stages", "warps"),
-    "dense": (),
+    "dense": ("fuse",),
 }
 
 
@@ -39,7 +39,7 @@ def candidates(rows: int) -> list[Launch]:
                 warps = 8 if tiles * block_m >= 256 or tiles == 2 else 4
                 found.append(Launch(rows, "gemm", programs, block_m=block_m, tiles=tiles, stages=stages, warps=warps))
     if rows >= 128:
-        found.append(Launch(rows, "dense"))
+        found += [Launch(rows, "dense", fuse=fuse) for fuse in (True, False)]
     return found
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .format import largest_code
 from .packing import pack, unpack
-from .reference import apply_rotation, layout_of, levels
+from .reference import apply_rotation, layout_of, levels, undo_rotation
 
 TILE_N, TILE_K = 64, 128  # outputs and inputs of a tile
 FIELDS = {2: (2,), 3: (2, 1), 4: (4,)}  # widths of the fields in which a code is stored, low bits first
@@ -103,6 +103,33 @@ def tile(
     return tile_weight(qweight, bits), tile_scales(scales), None if zeros is None else tile_scales(zeros)
 
 
+def dequantize(
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """W′ = s·(q − z) of a tiled layer, or W′ Q, which acts on inputs that are not rotated.
+
+    Args:
+        tiles, scales, zeros: from `tile`.
+        in_features, out_features: K and N.
+        dtype: of the result; everything before it is float32.
+        cos_sin, mix: tables of Q from `reference.givens_tables`; None for W′.
+
+    Returns:
+        [N, K] in `dtype`, rounded once.
+    """
+    codes = untile_codes(tiles, in_features, out_features).unflatten(-1, (scales.shape[0], -1))
+    scales, zeros = (None if t is None else t[:, :out_features].T for t in (scales, zeros))
+    weight = levels(codes, scales, zeros, tile_bits(tiles)).flatten(-2)
+    return (weight if cos_sin is None else undo_rotation(weight, cos_sin, mix)).to(dtype)
+
+
 def tiled_linear(
     x: torch.Tensor,
     tiles: torch.Tensor,
@@ -127,7 +154,5 @@ def tiled_linear(
     """
     if cos_sin is not None:
         x = apply_rotation(x, cos_sin, mix)
-    codes = untile_codes(tiles, x.shape[-1], out_features).unflatten(-1, (scales.shape[0], -1))
-    scales, zeros = (None if t is None else t[:, :out_features].T for t in (scales, zeros))
-    weight = levels(codes, scales, zeros, tile_bits(tiles)).flatten(-2)
+    weight = dequantize(tiles, scales, zeros, x.shape[-1], out_features, torch.float32)
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)

@@ -10,6 +10,9 @@ layers of LLaMA-2-7B and 8192², 2 bits, groups of 128, the rotation in blocks o
   best at 8192² and 4096 × 11008; 512 columns are better by 0.6 µs of 9.2 for 12288 × 4096, by 0.7 of 5.6 for 4096².
 - Sixteen rows: the GEMM kernel takes 16.1 µs, the decode kernel 22.7. With 8 rows that takes 17.8, so GEMM starts at 5.
 - At 256 rows the GEMM kernel takes 63 µs (cuBLAS on 16-bit weights: 55), at 1,024 `dense` takes 232 (178).
+- Rotating x costs 9 µs for 1,024 rows and 55 µs for 4,096. Folding the rotation into the weights instead should cost at
+  most 32 µs, by its count of instructions, in part behind their store: so `dense` folds it from 1,025 rows on. That is
+  a prediction, which no GPU has checked; `tune` times both.
 
 Other capabilities get the lines of the nearest entry. Where the matrix instruction keeps its operands in registers
 (`mma.sync`: sm80 to sm89, sm120), slices of 1,024 columns and blocks of 128 rows spill; where a program has 64 KiB of
@@ -32,7 +35,7 @@ from . import triton_decode, triton_gemm
 from .format import GROUP_MULTIPLE
 from .gpu import Gpu, gpu_of
 from .tiles import TILE_N, tile_bits
-from .triton_dequantize import dequantize
+from .triton_dequantize import dequantize, fits_tile
 from .triton_rotate import apply_rotation
 
 LAUNCH_TABLE = Path(__file__).with_name("launch.json")
@@ -49,7 +52,8 @@ class Launch:
         kernel: `decode`, `gemm`, or `dense` (dequantize, then the vendor's product).
         programs: programs per multiprocessor; K is split until there are as many.
         slice: decode: columns that a program keeps, where its registers hold them.
-        fuse: decode: whether the program rotates them itself.
+        fuse: decode: whether the program rotates them itself. dense: whether the rotation is folded into the weights as
+            they are dequantized, in place of rotating x.
         block_m, tiles, stages, warps: gemm: see triton_gemm.launch_config.
     """
 
@@ -177,6 +181,14 @@ def gemm_linear(x, tiles, scales, zeros, bias, out_features, launch: Launch, gpu
     return out
 
 
+def folds_rotation(launch: Launch, rows: int, out_features: int, cos_sin: torch.Tensor, mix: torch.Tensor) -> bool:
+    """Whether `dense` multiplies x as it is with W′ Q.
+
+    Rotation blocks wider than a tile cost as much per row of W as per row of x: there the side with fewer rows rotates.
+    """
+    return launch.kernel == "dense" and launch.fuse and (fits_tile(cos_sin, mix) or rows >= out_features)
+
+
 def packed_linear(
     x: torch.Tensor,
     tiles: torch.Tensor,
@@ -196,8 +208,8 @@ def packed_linear(
     Raises:
         ValueError: if groups are not a multiple of 32 columns.
 
-    `decode` multiplies exactly and adds up in float32. Before that, `gemm` rounds a float zero, and `dense` all of W′,
-    to the dtype of x.
+    `decode` multiplies exactly and adds up in float32. Before that, `gemm` rounds a float zero, and `dense` all of W′
+    or W′ Q, to the dtype of x.
     """
     in_features = x.shape[-1]
     shape = (*x.shape[:-1], out_features)
@@ -218,7 +230,10 @@ def packed_linear(
         columns = triton_decode.kept_columns(launch.slice, tile_bits(tiles), group_size, zeros is not None)
         # rotation blocks that are a power of two and that a program keeps whole
         fused = mix.shape[-1] == 1 and 1 < 1 << cos_sin.shape[2] <= columns
-    if cos_sin is not None and not fused:
+    folded = (None, None)
+    if cos_sin is not None and folds_rotation(launch, x.shape[0], out_features, cos_sin, mix):
+        folded = cos_sin, mix
+    elif cos_sin is not None and not fused:
         x = apply_rotation(x, cos_sin, mix)
     packed = (x, tiles, scales, zeros, bias, out_features)
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -227,6 +242,6 @@ def packed_linear(
         elif launch.kernel == "gemm":
             out = gemm_linear(*packed, launch, gpu)
         else:
-            weight = dequantize(tiles, scales, zeros, in_features, out_features, x.dtype)
+            weight = dequantize(tiles, scales, zeros, in_features, out_features, x.dtype, *folded)
             out = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return out.view(shape)

@@ -130,3 +130,25 @@ def operands(words, FIRST_PAIR: tl.constexpr, PAIRS: tl.constexpr, BITS: tl.cons
     BLOCK_N: tl.constexpr = stacked.shape[0]
     stacked = tl.reshape(stacked, [BLOCK_N, 4, 2, PAIRS])
     return tl.reshape(tl.permute(stacked, [0, 3, 1, 2]), [BLOCK_N, 8 * PAIRS])
+
+
+@triton.jit
+def gather_codes(tiles_ptr, offs_n, offs_k, K, mask, BITS: tl.constexpr):
+    """Codes, int32, at rows `offs_n` and columns `offs_k`, which broadcast: any order, one load per code or two."""
+    tile_ptrs = tiles_ptr + (offs_n // TILE_N * tl.cdiv(K, TILE_K) + offs_k // TILE_K).to(tl.int64) * (
+        WORDS_PER_BIT * BITS
+    )
+    # row = (warp, row half, g), column = (chunk, t, side), chunk = (block, word, pair): see tiles.py
+    WIDTH: tl.constexpr = 4 if BITS == 4 else 2
+    PAIRS_PER_WORD: tl.constexpr = 16 // WIDTH
+    row, column = offs_n % TILE_N, offs_k % TILE_K
+    thread = (row // 16 * 8 + row % 8) * 4 + column // 2 % 4
+    row_half, side, chunk = row // 8 % 2, column % 2, column // 8
+    word = chunk // PAIRS_PER_WORD
+    index = ((word // 2 * (TILE_N * 2) + thread) * 2 + row_half) * 2 + word % 2
+    code = tl.load(tile_ptrs + index, mask=mask, other=0) >> (side * 16 + chunk % PAIRS_PER_WORD * WIDTH)
+    code &= (1 << WIDTH) - 1
+    if BITS == 3:
+        high = tl.load(tile_ptrs + 512 + thread * 2 + row_half, mask=mask, other=0)
+        code |= (high >> (side * 16 + chunk) & 1) << 2
+    return code

@@ -57,9 +57,9 @@ def test_rotation(block_size, rows, dtype, target, monkeypatch, tmp_path):
         inspect(*launch, target, tmp_path)
 
 
-def layer(bits, group, float_zero):
-    tiles = meta(FEATURES // 64, FEATURES // 128, 256 * bits, dtype=torch.int32)
-    scales = meta(FEATURES // group, FEATURES)
+def layer(bits, group, float_zero, in_features=FEATURES):
+    tiles = meta(FEATURES // 64, in_features // 128, 256 * bits, dtype=torch.int32)
+    scales = meta(in_features // group, FEATURES)
     return tiles, scales, scales if float_zero else None
 
 
@@ -122,11 +122,27 @@ def test_linear(line, bits, group, float_zero, dtype, target, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "float_zero", "dtype", "target"),
-    on_targets((2, 128, False, HALF), (2, 64, True, BRAIN), (3, 32, False, HALF)),
+    ("bits", "group", "float_zero", "dtype", "block_size", "target"),
+    on_targets(
+        (2, 128, False, HALF, None),
+        (2, 128, False, HALF, 128),
+        (2, 64, True, BRAIN, 64),
+        (3, 32, False, HALF, 128),
+        (2, 128, False, HALF, 8192),
+        (4, 128, True, BRAIN, 11008),
+        (3, 64, False, HALF, 512),
+    ),
 )
-def test_dequantize(bits, group, float_zero, dtype, target, monkeypatch, tmp_path):
-    arguments = *layer(bits, group, float_zero), FEATURES, FEATURES, dtype
+def test_dequantize(bits, group, float_zero, dtype, block_size, target, monkeypatch, tmp_path):
+    """W′, W′ Q in tiles, and W′ Q by rows."""
+    features, tables = FEATURES, (None, None)
+    if block_size:
+        k, m = split_block(block_size)
+        blocks = max(FEATURES // block_size, 1)
+        features = blocks * block_size
+        tables = meta(blocks, 2, k, block_size // 2, dtype=torch.float32), meta(blocks, m, m, dtype=torch.float32)
+    arguments = *layer(bits, group, float_zero, features), features, FEATURES, dtype, *tables
     module = triton_dequantize
-    [launch] = record(monkeypatch, target, module, "_dequantize_kernel", module, "dequantize", *arguments)
+    kernel = "_dequantize_kernel" if block_size is None or block_size <= 128 else "_dequantize_rows_kernel"
+    [launch] = record(monkeypatch, target, module, kernel, module, "dequantize", *arguments)
     inspect(*launch, target, tmp_path)
