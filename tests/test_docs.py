@@ -274,6 +274,7 @@ GOOD = {
     "rotation": {"kind": "butterfly", "block_size": {"default": 64, "down_proj": 512}},
     "modules_to_not_convert": ["lm_head"],
     "module_bits": {"model.layers.0.mlp.down_proj": 3},
+    "prefill_activation_bits": 8,
 }
 VALUES = [
     *(None, True, False, 0, 1, 2, 3, 4, 5, 8, -1, -64, 16, 32, 48, 64, 96, 2.5),
@@ -331,6 +332,7 @@ def test_schema_has_the_keys_and_values_of_the_code():
     assert properties["quant_method"]["const"] == code.QUANT_METHOD
     assert properties["format_version"]["const"] == code.FORMAT_VERSION
     assert schema()["$defs"]["bits"]["enum"] == list(code.BITS)
+    assert properties["prefill_activation_bits"]["enum"] == list(code.ACTIVATION_BITS)
     assert properties["zero_point"]["enum"] == list(code.ZERO_POINTS)
     assert set(properties["rotation"]["properties"]) == {f.name for f in dataclasses.fields(code.RotationConfig)}
     assert properties["rotation"]["properties"]["kind"]["enum"] == list(code.ROTATION_KINDS)

@@ -3,14 +3,16 @@
     python benchmarks/activations.py CHECKPOINT ... --perplexity wikitext2 [--context 2048] [--windows 4] [--json FILE]
 
 Inputs of the packed layers are rounded to int8, symmetrically, behind the rotation or in front of it; one scale per
-token, or one per token and group of the weights. Products are exact up to float32, as those of int8 with int32 sums are.
+token, or one per token and group of the weights. Products are exact up to float32, as those of int8 with int32 sums.
+
+The JSON file is written after every measurement; the same command, started again, goes on there.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.activation_rounding.layers import PLACES, RoundingLinear, replace_layers
 from benchmarks.harness.provenance import command, cpu, versions
-from benchmarks.harness.results import finish
+from benchmarks.harness.results import finish, write_json
 
 app = typer.Typer(add_completion=False)
 
@@ -32,26 +34,26 @@ def settings_of(kind: str, group_size: int) -> list[tuple[str, int | None]]:
     """Places and columns per scale to measure; without a rotation the two places are one."""
     places = PLACES[2:] if kind == "none" else PLACES[1:]
     columns = (None,) if group_size == PER_CHANNEL else (None, group_size)
-    return [("", None), *itertools.product(places, columns)]
+    return [("", None), *((place, size) for size in columns for place in reversed(places))]
 
 
-def rows_of(folder: Path, dataset: str, context: int, windows: int | None, progress: Progress) -> list[dict[str, Any]]:
-    """Measure a checkpoint under every setting.
+def measure_rows(
+    folder: Path, rows: list[dict[str, Any]], dataset: str, context: int, windows: int | None, progress: Progress
+) -> Iterator[None]:
+    """Measure a checkpoint under every setting that is not in `rows`, and add it there; yields after each.
 
-    Returns:
-        Per setting: `place`, `columns` (None: one scale per token), `perplexity` and its ratio to the first row's.
+    A row has `place`, `columns` (None: one scale per token), `perplexity` and its ratio to the first row's.
     """
     evaluator = Evaluator(str(folder), "float32", "cpu", packed=True)
     quant = evaluator.model.config.quantization_config.parsed
     layers: list[RoundingLinear] = replace_layers(evaluator.model)
-    rows: list[dict[str, Any]] = []
-    for place, columns in settings_of(quant.rotation.kind, quant.group_size):
+    for place, columns in settings_of(quant.rotation.kind, quant.group_size)[len(rows) :]:
         for layer in layers:
             layer.place, layer.columns = place, columns
         value = evaluator.perplexity(dataset, context, windows, progress)["value"]
         ratio = value / (rows[0]["perplexity"] if rows else value)
         rows.append({"place": place, "columns": columns, "perplexity": value, "ratio": ratio})
-    return rows
+        yield
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -95,17 +97,22 @@ def main(
     ),
 ) -> None:
     """Measure every checkpoint, print the table, write the results."""
-    found = []
-    with Progress() as progress:
-        for folder in checkpoints:
-            rows = rows_of(folder, perplexity, context, windows, progress)
-            found.append({"checkpoint": folder.name} | facts_of(folder) | {"rows": rows})
-    record = {
+    record: dict[str, Any] = {
         "command": command(),
         "versions": versions("torch", "transformers"),
         "device": f"CPU: {cpu()}, {os.cpu_count()} threads",
         "settings": {"perplexity": Path(perplexity).name, "context": context, "windows": windows},
-        "checkpoints": found,
     }
+    before = json.loads(as_json.read_text()) if as_json.exists() else {}
+    same = all(before.get(name) == record[name] for name in ("versions", "device", "settings"))
+    measured = {found["checkpoint"]: found["rows"] for found in before["checkpoints"]} if same else {}
+    found = record["checkpoints"] = [
+        {"checkpoint": folder.name} | facts_of(folder) | {"rows": measured.get(folder.name, [])}
+        for folder in checkpoints
+    ]
+    with Progress() as progress:
+        for folder, checkpoint in zip(checkpoints, found, strict=True):
+            for _ in measure_rows(folder, checkpoint["rows"], perplexity, context, windows, progress):
+                write_json(as_json, record)
     table = table_of(found)
     finish(Console(width=140), record, as_json, [table], markdown=table)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .activations import rotate_to_int8, rounds_activations
 from .format import largest_code
 from .packing import pack, unpack
 from .reference import apply_rotation, layout_of, levels, undo_rotation
@@ -130,6 +131,32 @@ def dequantize(
     return (weight if cos_sin is None else undo_rotation(weight, cos_sin, mix)).to(dtype)
 
 
+def int8_linear(
+    x: torch.Tensor,
+    x_scales: torch.Tensor,
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y = W′ x + bias for rotated tokens in int8; float32 inside.
+
+    Args:
+        x, x_scales: int8 [M, K] and float32 [M, 1], from `activations.rotate_to_int8`.
+        tiles, scales, zeros: from `tile`.
+        bias: [N] or None.
+        out_features: N.
+        dtype: of the result.
+
+    Returns:
+        [M, N] in `dtype`.
+    """
+    y = F.linear(x.float(), dequantize(tiles, scales, zeros, x.shape[1], out_features, torch.float32)) * x_scales
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
 def tiled_linear(
     x: torch.Tensor,
     tiles: torch.Tensor,
@@ -139,6 +166,7 @@ def tiled_linear(
     out_features: int,
     cos_sin: torch.Tensor | None = None,
     mix: torch.Tensor | None = None,
+    activation_bits: int = 16,
 ) -> torch.Tensor:
     """y = W′ (Q x) + bias with tiled weights, in plain torch: the kernels are tested against it.
 
@@ -148,10 +176,15 @@ def tiled_linear(
         bias: [N] or None.
         out_features: N.
         cos_sin, mix: tables of Q from `reference.givens_tables`; None where x is already rotated.
+        activation_bits: 8: with the tokens of a prefill, Q x is rounded to int8 (`activations.rounds_activations`).
 
     Returns:
-        [..., N] in the dtype of `x`; Q x is rounded to that dtype in between, everything else is float32.
+        [..., N] in the dtype of `x`; Q x is rounded to that dtype or to int8 in between, everything else is float32.
     """
+    rows = x.reshape(-1, x.shape[-1])
+    if rounds_activations(len(rows), activation_bits):
+        y = int8_linear(*rotate_to_int8(rows, cos_sin, mix), tiles, scales, zeros, bias, out_features, x.dtype)
+        return y.view(*x.shape[:-1], out_features)
     if cos_sin is not None:
         x = apply_rotation(x, cos_sin, mix)
     weight = dequantize(tiles, scales, zeros, x.shape[-1], out_features, torch.float32)

@@ -1,11 +1,11 @@
 """Dequantization of tiled weights to a dense matrix, W′ or W′ Q: the rotation folded back while a row is on chip.
 
-A product with many rows of x is worth it. Measured on an H100 with 2-bit weights 8192² in groups of 128: this, without a
-rotation, and cuBLAS take 232 µs for 1,024 rows, where cuBLAS on 16-bit weights takes 178, and 874 µs for 4,096, where
-it takes 816. Rotating x before costs 9 µs more for 1,024 rows, 55 µs for 4,096.
+A product with many rows of x is worth it. Measured on an H100 with 2-bit weights 8192² in groups of 128: this, without
+a rotation, and cuBLAS take 232 µs for 1,024 rows, where cuBLAS on 16-bit weights takes 178, and 874 µs for 4,096,
+where it takes 816. Rotating x before costs 9 µs more for 1,024 rows, 55 µs for 4,096.
 
-Folded, the rotation costs the same for any number of rows: 2 instructions per weight and butterfly layer, beside a store
-that memory holds back. No GPU has timed it.
+Folded, the rotation costs the same for any number of rows: 2 instructions per weight and butterfly layer, beside a
+store that memory holds back. No GPU has timed it.
 """
 
 from __future__ import annotations

@@ -32,11 +32,14 @@ import torch.nn.functional as F
 import triton
 
 from . import triton_decode, triton_gemm
+from .activations import rounds_activations
 from .format import GROUP_MULTIPLE
-from .gpu import Gpu, gpu_of
+from .gpu import Gpu, gpu_of, nearest_capability
 from .tiles import TILE_N, tile_bits
 from .triton_dequantize import dequantize, fits_tile
+from .triton_gemm_int8 import int8_linear
 from .triton_rotate import apply_rotation
+from .triton_rotate_int8 import rotate_to_int8
 
 LAUNCH_TABLE = Path(__file__).with_name("launch.json")
 NOT_MEASURED = ", not measured"  # ends the name of an entry whose lines no GPU has run
@@ -66,13 +69,6 @@ class Launch:
     tiles: int = 1
     stages: int = 3
     warps: int = 4
-
-
-def nearest_capability(architecture: str) -> str:
-    """The capability whose lines suit a GPU without lines of its own, by its matrix instruction and memory."""
-    if architecture.startswith("gfx"):
-        return "gfx942"
-    return "sm80" if architecture.startswith(("sm8", "sm12")) else "sm90"
 
 
 @functools.cache
@@ -199,11 +195,12 @@ def packed_linear(
     cos_sin: torch.Tensor | None = None,
     mix: torch.Tensor | None = None,
     launch: Launch | None = None,
+    activation_bits: int = 16,
 ) -> torch.Tensor:
     """y = W′ (Q x) + bias; arguments and result as `tiles.tiled_linear`.
 
     Args:
-        launch: how to compute it; by default the line of launch.json for this GPU and this many rows.
+        launch: how to compute it in 16 bits; by default the line of launch.json for this GPU and this many rows.
 
     Raises:
         ValueError: if groups are not a multiple of 32 columns.
@@ -222,6 +219,9 @@ def packed_linear(
     if group_size % GROUP_MULTIPLE:
         raise ValueError(f"the kernels need groups of a multiple of {GROUP_MULTIPLE} columns, not {group_size}")
     gpu = gpu_of(x)
+    if rounds_activations(x.shape[0], activation_bits) and launch is None:
+        packed = (tiles, scales, zeros, bias, out_features)
+        return int8_linear(*rotate_to_int8(x, cos_sin, mix), *packed, x.dtype).view(shape)
     launch = launch or choose(gpu, x.shape[0])
     if x.dtype == torch.float32 and x.is_cuda:  # the matrix units do not take it
         launch = Launch(None, "dense")

@@ -1,7 +1,8 @@
 """Packed words of a tile to operands of the matrix unit, in registers; shared by all kernels on packed weights.
 
 A code masked in place, q·2ᵖ, *is* a subnormal half-precision number. So one AND and one fused multiply-add turn two
-codes into two operands, (q − z₀)·2⁻ᶠ with the mid-rise zero point z₀, exactly; 2ᶠ is undone in float32 once per output.
+codes into two operands, (q − z₀)·2⁻ᶠ with the mid-rise zero point z₀, exactly; 2ᶠ is undone in float32 once per
+output. As int8 an operand is 2·(q − z₀), an odd integer.
 """
 
 import triton
@@ -30,6 +31,11 @@ def midrise(bits):
 
 
 @triton.constexpr_function
+def _doubled_midrise(bits):
+    return int(2 * _MIDRISE[bits])
+
+
+@triton.constexpr_function
 def down_scale(dtype):
     """2ᶠ, the factor by which operands are too small: with less, the multiplier of a pair would not be finite."""
     return {"fp16": 2.0**9, "bf16": 2.0**6}.get(dtype.name, 1.0)
@@ -38,6 +44,8 @@ def down_scale(dtype):
 @triton.constexpr_function
 def _shift(dtype, width, offset):
     """Right shift of a word for the code at bit `offset` of its halves, in steps that the mantissa can hold."""
+    if dtype.name == "int8":  # an integer, and not the bits of a number
+        return offset
     span = 8 if dtype.name != "bf16" else 6 if width == 2 else 4
     return offset // span * span
 
@@ -101,6 +109,8 @@ def _operand_pair(words, PAIR: tl.constexpr, BITS: tl.constexpr, dtype: tl.const
         code &= MASK
     if dtype == tl.float32:
         level = code.to(tl.float32) * _multiplier(dtype, POSITION) - midrise(BITS)
+    elif dtype == tl.int8:
+        level = (code * 2 - _doubled_midrise(BITS)).to(tl.int8)
     else:
         half = code.to(dtype, bitcast=True)
         scale = tl.full(half.shape, _multiplier(dtype, POSITION), dtype)
@@ -115,7 +125,10 @@ def _stack4(p0, p1, p2, p3):
 
 @triton.jit
 def operands(words, FIRST_PAIR: tl.constexpr, PAIRS: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
-    """(q − z₀)·2⁻ᶠ of tile columns 8·FIRST_PAIR … 8·(FIRST_PAIR + PAIRS), [rows, 8·PAIRS], from `split_words`."""
+    """(q − z₀)·2⁻ᶠ, or int8 2·(q − z₀), of tile columns 8·FIRST_PAIR … 8·(FIRST_PAIR + PAIRS), [rows, 8·PAIRS].
+
+    `words` are those of `split_words`.
+    """
     p = ()
     for i in tl.static_range(PAIRS):
         p = p + (_operand_pair(words, FIRST_PAIR + i, BITS, dtype),)

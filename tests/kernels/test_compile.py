@@ -10,7 +10,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from bq_kernels import ops, triton_decode, triton_dequantize, triton_gemm, triton_linear, triton_rotate
+from bq_kernels import (
+    ops,
+    triton_decode,
+    triton_dequantize,
+    triton_gemm,
+    triton_gemm_int8,
+    triton_linear,
+    triton_rotate,
+    triton_rotate_int8,
+)
 from bq_kernels.format import split_block
 
 from .aot import BORROWING_TARGETS, TARGETS, inspect, record
@@ -146,3 +155,31 @@ def test_dequantize(bits, group, float_zero, dtype, block_size, target, monkeypa
     kernel = "_dequantize_kernel" if block_size is None or block_size <= 128 else "_dequantize_rows_kernel"
     [launch] = record(monkeypatch, target, module, kernel, module, "dequantize", *arguments)
     inspect(*launch, target, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("features", "block_size", "dtype", "target"),
+    on_targets((8192, 128, HALF), (11008, 128, BRAIN), (8192, 8192, HALF), (28672, 64, HALF), (11008, 11008, HALF)),
+)
+def test_rotate_to_int8(features, block_size, dtype, target, monkeypatch, tmp_path):
+    k, m = split_block(block_size)
+    blocks = features // block_size
+    tables = meta(blocks, 2, k, block_size // 2, dtype=torch.float32), meta(blocks, m, m, dtype=torch.float32)
+    module, x = triton_rotate_int8, meta(2048, features, dtype=dtype)
+    launches = record(monkeypatch, target, module, "_rotate_to_int8_kernel", module, "rotate_to_int8", x, *tables)
+    [launch] = launches
+    inspect(*launch, target, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "float_zero", "target"),
+    on_targets((2, 128, False), (2, 64, False), (2, 128, True), (3, 32, False), (4, 128, False)),
+)
+def test_gemm_int8(bits, group, float_zero, target, monkeypatch, tmp_path):
+    x, x_scales = meta(2048, FEATURES, dtype=torch.int8), meta(2048, 1, dtype=torch.float32)
+    arguments = x, x_scales, *layer(bits, group, float_zero), None, FEATURES, HALF
+    module = triton_gemm_int8
+    [launch] = record(monkeypatch, target, module, "_gemm_int8_kernel", module, "int8_linear", *arguments)
+    report = inspect(*launch, target, tmp_path)
+    if target == "sm90":
+        assert report.count("IGMMA") > 0
