@@ -369,6 +369,17 @@ def test_accuracy_figures(name):
         assert lines_with(ROOT / "docs" / "results.md", *parts), parts
 
 
+def test_activation_figures():
+    record = json.loads((RESULTS / "activations.json").read_text())
+    for found in record["checkpoints"]:
+        for row in found["rows"]:
+            scale = "token" if row["columns"] is None else f"token and {row['columns']} columns"
+            cells = [found["checkpoint"].removeprefix("SmolLM2-135M-"), f"{found['bits_per_weight']:.3f}"]
+            cells += [row["place"] or "no", scale if row["place"] else "", f"{row['perplexity']:.2f}"]
+            parts = ["| " + " | ".join(cells).replace("|  |", "| |"), f"| {100 * (row['ratio'] - 1):+.2f} % |"]
+            assert lines_with(ROOT / "docs" / "results.md", *parts), parts
+
+
 def test_readme_shows_figures_of_the_results():
     rows = json.loads((RESULTS / "accuracy.json").read_text())["rows"]
     known = {perplexity(score["value"]) for row in rows for score in row["perplexity"].values()}

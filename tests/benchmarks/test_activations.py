@@ -91,7 +91,9 @@ def test_command(checkpoints, text, tmp_path, capsys):
             "perplexity": found["rows"][0]["perplexity"],
             "ratio": 1,
         }
-        assert all(0.9 < row["ratio"] < 1.1 and row["ratio"] != 1 for row in found["rows"][1:])
+        values = [row["perplexity"] for row in found["rows"]]
+        assert [row["ratio"] for row in found["rows"]] == [value / values[0] for value in values]
+        assert values[0] not in values[1:] and all(0.5 < value / values[0] < 2 for value in values), values
     assert first["settings"]["perplexity"] == text.name and "CPU" in first["device"]
     assert "behind the rotation" in file.with_suffix(".md").read_text()
     # interrupted: it goes on behind what is there
