@@ -11,13 +11,13 @@ import torch
 from .reference import apply_rotation
 
 LARGEST_INT8 = 127  # symmetric: −128 is not used
-# Up to so many tokens a layer is bound by its weights or by latency: the measured launch table has its GEMM kernel
-# there. int8 has nothing to gain
+# With few tokens a layer is bound by its weights or by latency, and int8 has nothing to gain: the measured launch table
+# has its GEMM kernel up to this number
 DECODE_ROWS = 256
 
 
 def rounds_activations(rows: int, activation_bits: int) -> bool:
-    """Whether a linear layer rounds its input to int8: where that is asked for, with the tokens of a prefill."""
+    """Whether a linear layer rounds its input to int8: where that is asked for, in a prefill."""
     return activation_bits == 8 and rows > DECODE_ROWS
 
 

@@ -3,7 +3,12 @@
     y = scale_x · Σ_groups s/2 · (Σ (2q − (2^bits − 1)) x − 2 (z − z₀) Σ x) + bias,    z₀ the mid-rise zero point
 
 Doubled, mid-rise levels are odd integers. A product over the columns of a unit (up to 128, in one group) is exact in
-int32; the group's scale meets it in float32, the token's scale at the end. No GPU has timed it.
+int32; the group's scale meets it in float32, the token's scale at the end.
+
+No GPU has timed it. With 2 bits and groups of 128, the loop for sm_90 has 527 instructions per thread for a product of
+64 outputs, 256 tokens and 128 columns (Triton 3.9): 1,054 cycles of issue, where the tensor cores need about 500. So it
+should be bound by instructions, near 0.6 ms for 8192² and 4,096 tokens. Most are bytes on their way through shared
+memory, since codes lie in the order that 16-bit operands need.
 """
 
 from __future__ import annotations
