@@ -11,7 +11,7 @@ import torch
 from .reference import apply_rotation
 
 LARGEST_INT8 = 127  # symmetric: −128 is not used
-# With few tokens a layer is bound by its weights or by latency, and int8 has nothing to gain: the measured launch table
+# A layer with few tokens is bound by its weights or by latency, and int8 has nothing to gain: the measured launch table
 # has its GEMM kernel up to this number
 DECODE_ROWS = 256
 
