@@ -15,17 +15,11 @@ from typing import Annotated, Any
 import typer
 from bq_kernels import checksums
 
-from benchmarks.harness.provenance import command
+from benchmarks.harness.provenance import command, cpu
 from benchmarks.harness.results import write_json
 
 MASKED = "OPENSSL_ia32cap"  # lets OpenSSL see a CPU without an instruction set
 NO_SHA = ":~0x20000000"
-
-
-def cpu() -> str:
-    """Name of the CPU, as Linux gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
 
 
 def measure(size: int, runs: int) -> dict[str, Any]:

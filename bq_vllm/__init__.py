@@ -13,15 +13,16 @@ def register() -> None:
         from bq_kernels.format import QUANT_METHOD
         from vllm.model_executor.layers.quantization import register_quantization_config
 
-        from .backend import BACKEND_VARIABLE, chosen_backend
+        from .backend import ACTIVATION_BITS_VARIABLE, BACKEND_VARIABLE, chosen_activation_bits, chosen_backend
         from .config import ButterflyConfig
 
         register_quantization_config(QUANT_METHOD)(ButterflyConfig)
 
-        # vLLM keys its cache of compiled graphs by the variables in this table: a backend must not run another's graph
+        # vLLM keys its cache of compiled graphs by the variables in this table: a setting must not run another's graph
         from vllm.envs import environment_variables
 
         environment_variables[BACKEND_VARIABLE] = chosen_backend
+        environment_variables[ACTIVATION_BITS_VARIABLE] = chosen_activation_bits
     except Exception:
         import logging  # vllm.logger may be what failed to import; vLLM's handlers take this name as well
 

@@ -11,6 +11,7 @@ import os
 
 BACKENDS = ("triton", "dense", "reference")
 BACKEND_VARIABLE = "BQ_VLLM_BACKEND"
+ACTIVATION_BITS_VARIABLE = "BQ_VLLM_PREFILL_ACTIVATION_BITS"
 
 
 def chosen_backend() -> str:
@@ -34,3 +35,28 @@ def select_backend() -> str:
     if backend == "triton" and not on_gpu and not ops.interpreted():
         raise ValueError(f"{BACKEND_VARIABLE}=triton on a CPU needs TRITON_INTERPRET=1")
     return backend
+
+
+def chosen_activation_bits() -> str:
+    """The bits of a prefill's activations that the environment asks for; empty where the checkpoint decides."""
+    return os.environ.get(ACTIVATION_BITS_VARIABLE, "")
+
+
+def select_activation_bits(backend: str, configured: int) -> int:
+    """Bits of a prefill's activations: those of `BQ_VLLM_PREFILL_ACTIVATION_BITS`, else those of the checkpoint.
+
+    Args:
+        backend: of this process; `dense` has no rotated activations, and leaves them as they are.
+        configured: `prefill_activation_bits` of the checkpoint's config.
+
+    Raises:
+        ValueError: if the variable holds another value than 8 or 16, or 8 with the backend `dense`.
+    """
+    from bq_kernels.format import ACTIVATION_BITS
+
+    asked = chosen_activation_bits()
+    if asked and asked not in map(str, ACTIVATION_BITS):
+        raise ValueError(f"{ACTIVATION_BITS_VARIABLE}={asked}: expected one of {list(ACTIVATION_BITS)}")
+    if asked == "8" and backend == "dense":
+        raise ValueError(f"{ACTIVATION_BITS_VARIABLE}=8 needs {BACKEND_VARIABLE}=triton or reference, not dense")
+    return ACTIVATION_BITS[0] if backend == "dense" else int(asked or configured)

@@ -24,7 +24,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from .backend import select_backend
+from .backend import select_activation_bits, select_backend
 
 
 def check_shard(module: str, config: QuantConfig, in_features: int, shard: int) -> None:
@@ -127,6 +127,7 @@ class ButterflyLinearMethod(LinearMethodBase):
         self.config, self.modules, self.bits = config, modules, config.bits_of(modules[0])
         self.rotates, self.block_size = config.rotation.kind != "none", config.rotation.block(modules[0])
         self.backend = select_backend()
+        self.activation_bits = select_activation_bits(self.backend, config.prefill_activation_bits)
         self.dense = UnquantizedLinearMethod() if self.backend == "dense" else None
 
     def create_weights(
@@ -242,7 +243,7 @@ class ButterflyLinearMethod(LinearMethodBase):
             return self.dense.apply(layer, x, bias)
         tables = (layer.cos_sin, layer.mix) if self.rotates else (None, None)
         weights = PreparedWeights(layer.qweight, layer.scales, getattr(layer, "zeros", None), *tables)
-        return prepared_linear(x, weights, bias, layer.packed_out_features)
+        return prepared_linear(x, weights, bias, layer.packed_out_features, self.activation_bits)
 
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
         """The dense weight [N, K] of a layer that has just been loaded; vLLM asks for it to quantize it anew."""

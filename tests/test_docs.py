@@ -274,6 +274,7 @@ GOOD = {
     "rotation": {"kind": "butterfly", "block_size": {"default": 64, "down_proj": 512}},
     "modules_to_not_convert": ["lm_head"],
     "module_bits": {"model.layers.0.mlp.down_proj": 3},
+    "prefill_activation_bits": 8,
 }
 VALUES = [
     *(None, True, False, 0, 1, 2, 3, 4, 5, 8, -1, -64, 16, 32, 48, 64, 96, 2.5),
@@ -329,6 +330,7 @@ def test_schema_has_the_keys_and_values_of_the_code():
     assert properties["quant_method"]["const"] == code.QUANT_METHOD
     assert properties["format_version"]["const"] == code.FORMAT_VERSION
     assert schema()["$defs"]["bits"]["enum"] == list(code.BITS)
+    assert properties["prefill_activation_bits"]["enum"] == list(code.ACTIVATION_BITS)
     assert properties["zero_point"]["enum"] == list(code.ZERO_POINTS)
     assert set(properties["rotation"]["properties"]) == {f.name for f in dataclasses.fields(code.RotationConfig)}
     assert properties["rotation"]["properties"]["kind"]["enum"] == list(code.ROTATION_KINDS)
@@ -363,6 +365,19 @@ def test_accuracy_figures(name):
         parts = [f"| {row['method']} |", *(f" {perplexity(value)} " for value in values)]
         parts += [f"{row['bits_per_weight']:.3f}"] if "bits_per_weight" in row else []
         assert lines_with(ROOT / "docs" / "results.md", *parts), parts
+
+
+def test_activation_figures():
+    record = json.loads((RESULTS / "activations.json").read_text())
+    for found in record["checkpoints"]:
+        for row in found["rows"]:
+            scale = "token" if row["columns"] is None else f"token and {row['columns']} columns"
+            cells = [found["checkpoint"].removeprefix("SmolLM2-135M-"), f"{found['bits_per_weight']:.3f}"]
+            place = "yes" if row["place"] and found["rotation"]["kind"] == "none" else row["place"]
+            cells += [place or "no", scale if place else "", f"{row['perplexity']:.2f}"]
+            parts = ["| " + " | ".join(cells).replace("|  |", "| |") + " |"]
+            parts += [f"| {100 * (row['ratio'] - 1):+.2f} % |"] if place else []
+            assert lines_with(ROOT / "docs" / "results.md", *parts), parts
 
 
 def test_readme_shows_figures_of_the_results():

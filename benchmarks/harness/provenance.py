@@ -30,6 +30,12 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def cpu() -> str:
+    """Name of the CPU, as Linux gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
+
+
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Make a folder for measurements with these settings, or reuse it.
 

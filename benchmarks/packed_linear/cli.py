@@ -32,7 +32,7 @@ from benchmarks.packed_linear.measure import Measurement, environment, measure_c
 from benchmarks.packed_linear.warming import WarmUp, build_kernels
 
 ROWS = "1,2,4,8,16,32,64,128,256,1024,4096"
-TUNED_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+TUNED_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 4096)
 TUNED_SHAPES = (SHAPES["square"]["square"], SHAPES["llama2-70b"]["down"], SHAPES["llama2-7b"]["qkv"])
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -102,7 +102,9 @@ def tune(
     build_kernels(
         [WarmUp(*shape, group, [n], tuning.candidates(n, tried)) for n in counts for shape in shapes], console
     )
-    best = [*tuning.rank(counts, cases, deadline, console, 2 if smoke else None), Launch(None, "dense")]
+    best = list(tuning.rank(counts, cases, deadline, console, 2 if smoke else None))
+    # more rows than were tried: what is best for the most, if that is for any number
+    best.append(Launch(None, "dense", fuse=bool(best) and best[-1].kernel == "dense" and best[-1].fuse))
     gpu = environment()["device"]
     if not smoke:
         tuning.write_launch_table(gpu, best)

@@ -25,7 +25,7 @@ KERNEL_FIELDS = {
     "decode": ("programs", "slice", "fuse"),
     "mma": ("outputs", "warps", "stages", "exact"),
     "gemm": ("programs", "block_m", "tiles", "stages", "warps"),
-    "dense": (),
+    "dense": ("fuse",),
 }
 # outputs, warps and stages of the decode kernel on mma.sync: many small programs to few large ones, and of those that
 # differ little in this the ones with the most bytes under way
@@ -50,7 +50,7 @@ def candidates(rows: int, gpu: Gpu) -> list[Launch]:
                 warps = 8 if tiles * block_m >= 256 or tiles == 2 else 4
                 found.append(Launch(rows, "gemm", programs, block_m=block_m, tiles=tiles, stages=stages, warps=warps))
     if rows >= 128:
-        found.append(Launch(rows, "dense"))
+        found += [Launch(rows, "dense", fuse=fuse) for fuse in (True, False)]
     return found
 
 

@@ -9,7 +9,7 @@ CATEGORIES = {
     "rotation": r"rotate|hada",
     "attention": r"attention|attn|flash|fmha|cache|rotary",
     "GEMM": r"gemm|gemv|::mm|addmm|matmul|linear|nvjet|xmma|cutlass|cublas|split_?k|marlin|machete|humming|onednn"
-    r"|_decode_kernel|_dequantize_kernel",
+    r"|_decode_kernel|_dequantize_",
     "norms": r"norm|rsqrt",
 }
 

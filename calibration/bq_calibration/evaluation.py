@@ -28,13 +28,14 @@ class Evaluator:
     Args:
         model: a butterfly checkpoint or any Hugging Face causal LM; folder or hub name.
         dtype: one of COMPUTE_DTYPES; `auto` is the checkpoint's where the device multiplies it natively, else float32.
-        device: where to run. On a CPU packed layers are unfolded into dense ones, which run several times faster.
+        device: where to run.
+        packed: keep packed layers on a CPU as well; by default they become dense there, which run several times faster.
 
     Raises:
         UserError: if the model cannot be loaded.
     """
 
-    def __init__(self, model: str, dtype: str, device: str):
+    def __init__(self, model: str, dtype: str, device: str, packed: bool = False):
         folder = resolve_model(model)
         if dtype not in COMPUTE_DTYPES:
             raise UserError(f"--compute-dtype {dtype}: expected one of {', '.join(COMPUTE_DTYPES)}")
@@ -50,7 +51,7 @@ class Evaluator:
             raise
         except Exception as error:
             raise UserError(f"{folder}: cannot be loaded: {error}") from error
-        if device == "cpu" and getattr(self.model, "hf_quantizer", None) is not None:
+        if device == "cpu" and not packed and getattr(self.model, "hf_quantizer", None) is not None:
             self.model.dequantize()
 
     @torch.no_grad()

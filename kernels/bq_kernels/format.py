@@ -19,6 +19,7 @@ ZERO_POINTS = ("midrise", "float")
 ROTATION_KINDS = ("butterfly", "hadamard", "none")
 GROUP_MULTIPLE = 32  # 32 codes fill whole int32 words for 2, 3 and 4 bits alike
 PER_CHANNEL = -1
+ACTIVATION_BITS = (16, 8)  # 16: activations stay as they are
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # positive float16
 
 
@@ -139,6 +140,7 @@ class QuantConfig:
 
     Attributes:
         module_bits: modules, by full name, that have another number of bits than `bits`; absent where it is empty.
+        prefill_activation_bits: bits of the rotated activations with the tokens of a prefill; absent where it is 16.
 
     Raises:
         FormatError: from the constructor, when a value is not one the format knows.
@@ -150,6 +152,7 @@ class QuantConfig:
     rotation: RotationConfig = field(default_factory=RotationConfig)
     modules_to_not_convert: tuple[str, ...] = ("lm_head",)
     module_bits: dict[str, int] = field(default_factory=dict)
+    prefill_activation_bits: int = ACTIVATION_BITS[0]
 
     def __post_init__(self) -> None:
         if not isinstance(self.module_bits, dict):
@@ -160,6 +163,9 @@ class QuantConfig:
                 raise FormatError(f"{name}: expected one of {list(BITS)}, found {bits!r}")
         if self.zero_point not in ZERO_POINTS:
             raise FormatError(f"zero_point: expected one of {list(ZERO_POINTS)}, found {self.zero_point!r}")
+        bits = self.prefill_activation_bits
+        if bits not in ACTIVATION_BITS or not isinstance(bits, int):
+            raise FormatError(f"prefill_activation_bits: expected one of {list(ACTIVATION_BITS)}, found {bits!r}")
         size = self.group_size
         if not isinstance(size, int) or (size != PER_CHANNEL and (size < GROUP_MULTIPLE or size % GROUP_MULTIPLE)):
             raise FormatError(
@@ -196,11 +202,12 @@ class QuantConfig:
             rotation=RotationConfig.from_dict(data["rotation"]),
             modules_to_not_convert=tuple(skip),
             module_bits=data.get("module_bits", {}),
+            prefill_activation_bits=data.get("prefill_activation_bits", ACTIVATION_BITS[0]),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The table as config.json holds it."""
-        return {
+        table = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "bits": self.bits,
@@ -208,7 +215,12 @@ class QuantConfig:
             "zero_point": self.zero_point,
             "rotation": self.rotation.to_dict(),
             "modules_to_not_convert": list(self.modules_to_not_convert),
-        } | ({"module_bits": dict(self.module_bits)} if self.module_bits else {})
+        }
+        if self.module_bits:
+            table["module_bits"] = dict(self.module_bits)
+        if self.prefill_activation_bits != ACTIVATION_BITS[0]:
+            table["prefill_activation_bits"] = self.prefill_activation_bits
+        return table
 
     def skips(self, module: str) -> bool:
         """Whether `modules_to_not_convert` holds the module, one that contains it, or a part of its dotted name."""

@@ -44,3 +44,10 @@ def _gpu(index: int) -> Gpu:
 def gpu_of(tensor: torch.Tensor) -> Gpu:
     """The GPU of a tensor; for CPU tensors (interpreted kernels) a stand-in with a single multiprocessor."""
     return _gpu(tensor.device.index) if tensor.is_cuda else Gpu("", "", 1, False)
+
+
+def nearest_capability(architecture: str) -> str:
+    """The capability whose launches suit a GPU without launches of its own, by its matrix instruction and memory."""
+    if architecture.startswith("gfx"):
+        return "gfx942"
+    return "sm80" if architecture.startswith(("sm8", "sm12")) else "sm90"

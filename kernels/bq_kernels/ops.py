@@ -18,7 +18,7 @@ _LIBRARY = torch.library.Library("bq", "DEF")
 _LIBRARY.define("rotate(Tensor x, Tensor cos_sin, Tensor mix) -> Tensor")
 _LIBRARY.define(
     "packed_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? zeros, Tensor? bias, SymInt out_features, "
-    "Tensor? cos_sin, Tensor? mix) -> Tensor"
+    "Tensor? cos_sin, Tensor? mix, int activation_bits=16) -> Tensor"
 )
 
 
@@ -33,10 +33,13 @@ def _rotate_triton(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) ->
     return apply_rotation(x, cos_sin, mix)
 
 
-def _packed_linear_triton(x, *tensors) -> torch.Tensor:
+def _packed_linear_triton(
+    x, tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits=16
+) -> torch.Tensor:
     from .triton_linear import packed_linear
 
-    return packed_linear(x, *tensors)
+    layer = (tiles, scales, zeros, bias, out_features, cos_sin, mix)
+    return packed_linear(x, *layer, activation_bits=activation_bits)
 
 
 def _interpret(kernel, x: torch.Tensor, *tables) -> torch.Tensor:
@@ -68,7 +71,7 @@ def _(x, cos_sin, mix):
 
 
 @torch.library.register_fake("bq::packed_linear")
-def _(x, tiles, scales, zeros, bias, out_features, cos_sin, mix):
+def _(x, tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits=16):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -86,6 +89,7 @@ def packed_linear(
     out_features: int,
     cos_sin: torch.Tensor | None = None,
     mix: torch.Tensor | None = None,
+    activation_bits: int = 16,
 ) -> torch.Tensor:
     """W′ (Q x) + bias from weights repacked by `tiles.tile`; arguments as `tiles.tiled_linear`. Inference only."""
-    return torch.ops.bq.packed_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, mix)
+    return torch.ops.bq.packed_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits)

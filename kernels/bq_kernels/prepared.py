@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from . import ops, reference
+from .activations import rotate_to_int8, rounds_activations
 from .tiles import tile
 
 
@@ -59,7 +60,11 @@ def prepare_weights(
 
 
 def prepared_linear(
-    x: torch.Tensor, weights: PreparedWeights, bias: torch.Tensor | None, out_features: int
+    x: torch.Tensor,
+    weights: PreparedWeights,
+    bias: torch.Tensor | None,
+    out_features: int,
+    activation_bits: int = 16,
 ) -> torch.Tensor:
     """y = W′ (Q x) + bias: an operator of `ops` for tiles, else plain torch.
 
@@ -68,13 +73,19 @@ def prepared_linear(
         weights: from `prepare_weights`.
         bias: [N] or None.
         out_features: N.
+        activation_bits: 8: with the tokens of a prefill, Q x is rounded to int8 (`activations.rounds_activations`).
 
     Returns:
         [..., N] in the dtype of `x`.
     """
     qweight, scales, zeros, cos_sin, mix = weights
     if qweight.dim() == 3:
-        return ops.packed_linear(x, qweight, scales, zeros, bias, out_features, cos_sin, mix)
+        return ops.packed_linear(x, qweight, scales, zeros, bias, out_features, cos_sin, mix, activation_bits)
+    rows = x.reshape(-1, x.shape[-1])
+    if rounds_activations(len(rows), activation_bits):
+        codes, scales_of_tokens = rotate_to_int8(rows, cos_sin, mix)
+        y = reference.packed_linear(codes * scales_of_tokens, qweight, scales, zeros, bias)
+        return y.to(x.dtype).view(*x.shape[:-1], out_features)
     if cos_sin is not None:
         x = reference.apply_rotation(x, cos_sin, mix)
     return reference.packed_linear(x, qweight, scales, zeros, bias)

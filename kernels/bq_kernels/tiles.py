@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .activations import rotate_to_int8, rounds_activations
 from .format import largest_code
 from .packing import pack, unpack
-from .reference import apply_rotation, layout_of, levels
+from .reference import apply_rotation, layout_of, levels, undo_rotation
 
 TILE_N, TILE_K = 64, 128  # outputs and inputs of a tile
 FIELDS = {2: (2,), 3: (2, 1), 4: (4,)}  # widths of the fields in which a code is stored, low bits first
@@ -103,6 +104,59 @@ def tile(
     return tile_weight(qweight, bits), tile_scales(scales), None if zeros is None else tile_scales(zeros)
 
 
+def dequantize(
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """W′ = s·(q − z) of a tiled layer, or W′ Q, which acts on inputs that are not rotated.
+
+    Args:
+        tiles, scales, zeros: from `tile`.
+        in_features, out_features: K and N.
+        dtype: of the result; everything before it is float32.
+        cos_sin, mix: tables of Q from `reference.givens_tables`; None for W′.
+
+    Returns:
+        [N, K] in `dtype`, rounded once.
+    """
+    codes = untile_codes(tiles, in_features, out_features).unflatten(-1, (scales.shape[0], -1))
+    scales, zeros = (None if t is None else t[:, :out_features].T for t in (scales, zeros))
+    weight = levels(codes, scales, zeros, tile_bits(tiles)).flatten(-2)
+    return (weight if cos_sin is None else undo_rotation(weight, cos_sin, mix)).to(dtype)
+
+
+def int8_linear(
+    x: torch.Tensor,
+    x_scales: torch.Tensor,
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y = W′ x + bias for rotated tokens in int8; float32 inside.
+
+    Args:
+        x, x_scales: int8 [M, K] and float32 [M, 1], from `activations.rotate_to_int8`.
+        tiles, scales, zeros: from `tile`.
+        bias: [N] or None.
+        out_features: N.
+        dtype: of the result.
+
+    Returns:
+        [M, N] in `dtype`.
+    """
+    y = F.linear(x.float(), dequantize(tiles, scales, zeros, x.shape[1], out_features, torch.float32)) * x_scales
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
 def tiled_linear(
     x: torch.Tensor,
     tiles: torch.Tensor,
@@ -112,6 +166,7 @@ def tiled_linear(
     out_features: int,
     cos_sin: torch.Tensor | None = None,
     mix: torch.Tensor | None = None,
+    activation_bits: int = 16,
 ) -> torch.Tensor:
     """y = W′ (Q x) + bias with tiled weights, in plain torch: the kernels are tested against it.
 
@@ -121,13 +176,16 @@ def tiled_linear(
         bias: [N] or None.
         out_features: N.
         cos_sin, mix: tables of Q from `reference.givens_tables`; None where x is already rotated.
+        activation_bits: 8: with the tokens of a prefill, Q x is rounded to int8 (`activations.rounds_activations`).
 
     Returns:
-        [..., N] in the dtype of `x`; Q x is rounded to that dtype in between, everything else is float32.
+        [..., N] in the dtype of `x`; Q x is rounded to that dtype or to int8 in between, everything else is float32.
     """
+    rows = x.reshape(-1, x.shape[-1])
+    if rounds_activations(len(rows), activation_bits):
+        y = int8_linear(*rotate_to_int8(rows, cos_sin, mix), tiles, scales, zeros, bias, out_features, x.dtype)
+        return y.view(*x.shape[:-1], out_features)
     if cos_sin is not None:
         x = apply_rotation(x, cos_sin, mix)
-    codes = untile_codes(tiles, x.shape[-1], out_features).unflatten(-1, (scales.shape[0], -1))
-    scales, zeros = (None if t is None else t[:, :out_features].T for t in (scales, zeros))
-    weight = levels(codes, scales, zeros, tile_bits(tiles)).flatten(-2)
+    weight = dequantize(tiles, scales, zeros, x.shape[-1], out_features, torch.float32)
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)

@@ -10,6 +10,9 @@ layers of LLaMA-2-7B and 8192², 2 bits, groups of 128, the rotation in blocks o
   best at 8192² and 4096 × 11008; 512 columns are better by 0.6 µs of 9.2 for 12288 × 4096, by 0.7 of 5.6 for 4096².
 - Sixteen rows: the GEMM kernel takes 16.1 µs, the decode kernel 22.7. With 8 rows that takes 17.8, so GEMM starts at 5.
 - At 256 rows the GEMM kernel takes 63 µs (cuBLAS on 16-bit weights: 55), at 1,024 `dense` takes 232 (178).
+- Rotating x costs 9 µs for 1,024 rows and 55 µs for 4,096. Folding the rotation into the weights instead (`fuse` of
+  `dense`) should cost at most 32 µs, by its count of instructions, in part behind their store. That is a prediction,
+  which no GPU has checked: no line folds yet, `tune` times both.
 
 A second decode kernel, `mma` (triton_mma.py), has not been measured on any GPU, so no line of the table names it yet:
 `benchmarks/kernels.py tune` tries it beside the others and writes it into the table where it is faster.
@@ -32,12 +35,15 @@ import torch.nn.functional as F
 import triton
 
 from . import triton_decode, triton_gemm, triton_mma
+from .activations import rounds_activations
 from .format import GROUP_MULTIPLE
-from .gpu import Gpu, gpu_of
+from .gpu import Gpu, gpu_of, nearest_capability
 from .tiles import TILE_N, tile_bits
 from .triton_arrange import fuses, rotate_and_arrange
-from .triton_dequantize import dequantize
+from .triton_dequantize import dequantize, fits_tile
+from .triton_gemm_int8 import int8_linear
 from .triton_rotate import apply_rotation
+from .triton_rotate_int8 import rotate_to_int8
 from .triton_unpack import unit_of
 
 LAUNCH_TABLE = Path(__file__).with_name("launch.json")
@@ -55,7 +61,8 @@ class Launch:
             up to 16 rows.
         programs: decode, gemm: programs per multiprocessor; K is split until there are as many.
         slice: decode: columns that a program keeps, where its registers hold them.
-        fuse: decode: whether the program rotates them itself.
+        fuse: decode: whether the program rotates them itself. dense: whether the rotation is folded into the weights as
+            they are dequantized, in place of rotating x.
         block_m, tiles: gemm: see triton_gemm.launch_config.
         stages, warps: gemm and mma: see there and triton_mma.launch_config.
         outputs, exact: mma: see triton_mma.launch_config.
@@ -76,13 +83,6 @@ class Launch:
 
 MOST_DECODE_ROWS = 16
 WITHOUT_MMA = Launch(MOST_DECODE_ROWS, "decode", 4)  # where a line says `mma` and the GPU has no such instruction
-
-
-def nearest_capability(architecture: str) -> str:
-    """The capability whose lines suit a GPU without lines of its own, by its matrix instruction and memory."""
-    if architecture.startswith("gfx"):
-        return "gfx942"
-    return "sm80" if architecture.startswith(("sm8", "sm12")) else "sm90"
 
 
 @functools.cache
@@ -219,6 +219,14 @@ def gemm_linear(x, tiles, scales, zeros, bias, out_features, launch: Launch, gpu
     return out
 
 
+def folds_rotation(launch: Launch, rows: int, out_features: int, cos_sin: torch.Tensor, mix: torch.Tensor) -> bool:
+    """Whether `dense` multiplies x as it is with W′ Q.
+
+    Rotation blocks wider than a tile cost as much per row of W as per row of x: there the side with fewer rows rotates.
+    """
+    return launch.kernel == "dense" and launch.fuse and (fits_tile(cos_sin, mix) or rows >= out_features)
+
+
 def packed_linear(
     x: torch.Tensor,
     tiles: torch.Tensor,
@@ -229,18 +237,19 @@ def packed_linear(
     cos_sin: torch.Tensor | None = None,
     mix: torch.Tensor | None = None,
     launch: Launch | None = None,
+    activation_bits: int = 16,
 ) -> torch.Tensor:
     """y = W′ (Q x) + bias; arguments and result as `tiles.tiled_linear`.
 
     Args:
-        launch: how to compute it; by default the line of launch.json for this GPU and this many rows.
+        launch: how to compute it in 16 bits; by default the line of launch.json for this GPU and this many rows.
 
     Raises:
         ValueError: if groups are not a multiple of 32 columns.
 
     `decode` and `mma` multiply exactly and add up in float32; `mma` rounds Q x to float16 with an exponent per group
     instead of to the dtype of x (operands.py), and x that is not finite gives NaN. `gemm` rounds a float zero, and
-    `dense` all of W′, to the dtype of x before that.
+    `dense` all of W′ or W′ Q, to the dtype of x before that.
     """
     in_features = x.shape[-1]
     shape = (*x.shape[:-1], out_features)
@@ -253,6 +262,9 @@ def packed_linear(
     if group_size % GROUP_MULTIPLE:
         raise ValueError(f"the kernels need groups of a multiple of {GROUP_MULTIPLE} columns, not {group_size}")
     gpu = gpu_of(x)
+    if rounds_activations(x.shape[0], activation_bits) and launch is None:
+        packed = (tiles, scales, zeros, bias, out_features)
+        return int8_linear(*rotate_to_int8(x, cos_sin, mix), *packed, x.dtype).view(shape)
     launch = launch or choose(gpu, x.shape[0])
     if x.dtype == torch.float32 and x.is_cuda:  # the matrix units do not take it
         launch = Launch(None, "dense")
@@ -263,7 +275,10 @@ def packed_linear(
         columns = triton_decode.kept_columns(launch.slice, tile_bits(tiles), group_size, zeros is not None)
         # rotation blocks that are a power of two and that a program keeps whole
         fused = mix.shape[-1] == 1 and 1 < 1 << cos_sin.shape[2] <= columns
-    if cos_sin is not None and not fused:
+    folded = (None, None)
+    if cos_sin is not None and folds_rotation(launch, x.shape[0], out_features, cos_sin, mix):
+        folded = cos_sin, mix
+    elif cos_sin is not None and not fused:
         x = apply_rotation(x, cos_sin, mix)
     packed = (x, tiles, scales, zeros, bias, out_features)
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -274,6 +289,6 @@ def packed_linear(
         elif launch.kernel == "gemm":
             out = gemm_linear(*packed, launch, gpu)
         else:
-            weight = dequantize(tiles, scales, zeros, in_features, out_features, x.dtype)
+            weight = dequantize(tiles, scales, zeros, in_features, out_features, x.dtype, *folded)
             out = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return out.view(shape)

@@ -46,6 +46,7 @@ def butterfly(
     FIRST_LAYER: tl.constexpr,
     NUM_LAYERS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    INVERSE: tl.constexpr = False,
 ):
     """Givens rotations of butterfly layers FIRST_LAYER … FIRST_LAYER + NUM_LAYERS − 1, of one block or several.
 
@@ -55,6 +56,7 @@ def butterfly(
         table_ptr: points at the table [blocks, 2, LAYERS, BLOCK_SIZE/2] of the first block, at the first column.
         num_pairs: pairs of y that have an entry there; others stay as they are.
         LAYERS, BLOCK_SIZE: k and b of the rotation.
+        INVERSE: undo them, the last layer first.
     """
     BLOCK_PAIRS: tl.constexpr = BLOCK_SIZE // 2
     offs_pair = tl.arange(0, y.shape[1] // 2)
@@ -62,27 +64,35 @@ def butterfly(
     position = offs_pair // COLUMNS * (1 << FIRST_LAYER) + offs_pair % COLUMNS
     block_ptrs = table_ptr + position // BLOCK_PAIRS * (2 * LAYERS * BLOCK_PAIRS)
     cos_ptrs = block_ptrs + position % BLOCK_PAIRS + FIRST_LAYER * BLOCK_PAIRS
-    for j in tl.static_range(NUM_LAYERS):
+    FIRST: tl.constexpr = NUM_LAYERS - 1 if INVERSE else 0
+    STEP: tl.constexpr = -1 if INVERSE else 1
+    for j in tl.static_range(FIRST, FIRST + NUM_LAYERS * STEP, STEP):
         cos = tl.load(cos_ptrs + j * BLOCK_PAIRS, mask=mask, other=1.0)
         sin = tl.load(cos_ptrs + (LAYERS + j) * BLOCK_PAIRS, mask=mask, other=0.0)
+        if INVERSE:
+            sin = -sin
         y = rotate_pairs(y, cos, sin, COLUMNS << j)
     return y
 
 
 @triton.jit
-def _mix_runs(y, mix_ptr, RUNS: tl.constexpr, RUN_WIDTH: tl.constexpr):
-    """y [rows, runs · RUN_WIDTH] with its runs, the first RUNS of them, multiplied by the matrix [RUNS, RUNS]."""
+def mix_runs(y, mix_ptr, RUNS: tl.constexpr, RUN_WIDTH: tl.constexpr, INVERSE: tl.constexpr = False):
+    """y [rows, runs · RUN_WIDTH] with its runs, the first RUNS of them, multiplied by the matrix [RUNS, RUNS].
+
+    INVERSE multiplies by its transpose.
+    """
     # Rank-one updates: in a float32 tl.dot threads hold whole rows of the operands, and 13824 = 2⁹·27 spills
     ROWS: tl.constexpr = y.shape[0]
     WIDTH: tl.constexpr = y.shape[1]
     PADDED_RUNS: tl.constexpr = WIDTH // RUN_WIDTH
     y = tl.reshape(y, [ROWS, PADDED_RUNS, RUN_WIDTH])
     offs_run = tl.arange(0, PADDED_RUNS)[None, :, None]
-    mix_ptrs = mix_ptr + offs_run * RUNS
+    mix_ptrs = mix_ptr + offs_run * (1 if INVERSE else RUNS)
+    SOURCE_STRIDE: tl.constexpr = RUNS if INVERSE else 1
     mixed = tl.full([ROWS, PADDED_RUNS, RUN_WIDTH], 0.0, tl.float32)
     for source in range(RUNS):
         values = tl.sum(tl.where(offs_run == source, y, 0.0), axis=1)[:, None, :]
-        mixed += tl.load(mix_ptrs + source, mask=offs_run < RUNS, other=0.0) * values
+        mixed += tl.load(mix_ptrs + source * SOURCE_STRIDE, mask=offs_run < RUNS, other=0.0) * values
     return tl.reshape(mixed, [ROWS, WIDTH])
 
 
@@ -128,7 +138,7 @@ def _rotate_kernel(
         table_ptr += part_start if FIRST_LAYER > 0 else part_start // 2
         y = butterfly(y, table_ptr, HEIGHT * COLUMNS // 2, LAYERS, BLOCK_SIZE, FIRST_LAYER, NUM_LAYERS, COLUMNS)
     if RUNS > 1 and FIRST_LAYER + NUM_LAYERS == LAYERS:
-        y = _mix_runs(y, mix_ptr + pid_block * (RUNS * RUNS), RUNS, HEIGHT // RUNS * COLUMNS)
+        y = mix_runs(y, mix_ptr + pid_block * (RUNS * RUNS), RUNS, HEIGHT // RUNS * COLUMNS)
     tl.store(out_ptr + offs_m * (blocks * BLOCK_SIZE) + offs_k, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -151,6 +161,12 @@ def _pass_config(
     }
 
 
+def single_pass_config(rows: int, block_size: int) -> dict[str, int]:
+    """Compile-time arguments and compiler options where one program rotates whole blocks of some rows."""
+    layers, runs = split_block(block_size)
+    return _pass_config(rows, layers, runs, 0, layers, block_size, 1)
+
+
 def launch_configs(rows: int, block_size: int) -> list[dict[str, int]]:
     """Compile-time arguments and compiler options of the rotation kernel, one per launch.
 
@@ -160,7 +176,7 @@ def launch_configs(rows: int, block_size: int) -> list[dict[str, int]]:
     """
     layers, runs = split_block(block_size)
     if rows > FEW_ROWS or block_size < WIDE_BLOCK or layers <= PASS_COLUMNS.bit_length():
-        return [_pass_config(rows, layers, runs, 0, layers, block_size, 1)]
+        return [single_pass_config(rows, block_size)]
     split = min(layers - 1, PASS_LAYERS)
     return [
         _pass_config(rows, layers, runs, 0, split, 1 << split, 1),

@@ -1,7 +1,8 @@
 """Packed words of a tile to operands of the matrix unit, in registers; shared by all kernels on packed weights.
 
 A code masked in place, q·2ᵖ, *is* a subnormal half-precision number. So one AND and one fused multiply-add turn two
-codes into two operands, (q − z₀)·2⁻ᶠ with the mid-rise zero point z₀, exactly; 2ᶠ is undone in float32 once per output.
+codes into two operands, (q − z₀)·2⁻ᶠ with the mid-rise zero point z₀, exactly; 2ᶠ is undone in float32 once per
+output. As int8 an operand is 2·(q − z₀), an odd integer.
 """
 
 import triton
@@ -30,6 +31,11 @@ def midrise(bits):
 
 
 @triton.constexpr_function
+def _doubled_midrise(bits):
+    return int(2 * _MIDRISE[bits])
+
+
+@triton.constexpr_function
 def down_scale(dtype):
     """2ᶠ, the factor by which operands are too small: with less, the multiplier of a pair would not be finite."""
     return {"fp16": 2.0**9, "bf16": 2.0**6}.get(dtype.name, 1.0)
@@ -38,6 +44,8 @@ def down_scale(dtype):
 @triton.constexpr_function
 def _shift(dtype, width, offset):
     """Right shift of a word for the code at bit `offset` of its halves, in steps that the mantissa can hold."""
+    if dtype.name == "int8":  # an integer, and not the bits of a number
+        return offset
     span = 8 if dtype.name != "bf16" else 6 if width == 2 else 4
     return offset // span * span
 
@@ -101,6 +109,8 @@ def _operand_pair(words, PAIR: tl.constexpr, BITS: tl.constexpr, dtype: tl.const
         code &= MASK
     if dtype == tl.float32:
         level = code.to(tl.float32) * _multiplier(dtype, POSITION) - midrise(BITS)
+    elif dtype == tl.int8:
+        level = (code * 2 - _doubled_midrise(BITS)).to(tl.int8)
     else:
         half = code.to(dtype, bitcast=True)
         scale = tl.full(half.shape, _multiplier(dtype, POSITION), dtype)
@@ -115,7 +125,10 @@ def _stack4(p0, p1, p2, p3):
 
 @triton.jit
 def operands(words, FIRST_PAIR: tl.constexpr, PAIRS: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
-    """(q − z₀)·2⁻ᶠ of tile columns 8·FIRST_PAIR … 8·(FIRST_PAIR + PAIRS), [rows, 8·PAIRS], from `split_words`."""
+    """(q − z₀)·2⁻ᶠ, or int8 2·(q − z₀), of tile columns 8·FIRST_PAIR … 8·(FIRST_PAIR + PAIRS), [rows, 8·PAIRS].
+
+    `words` are those of `split_words`.
+    """
     p = ()
     for i in tl.static_range(PAIRS):
         p = p + (_operand_pair(words, FIRST_PAIR + i, BITS, dtype),)
@@ -130,3 +143,25 @@ def operands(words, FIRST_PAIR: tl.constexpr, PAIRS: tl.constexpr, BITS: tl.cons
     BLOCK_N: tl.constexpr = stacked.shape[0]
     stacked = tl.reshape(stacked, [BLOCK_N, 4, 2, PAIRS])
     return tl.reshape(tl.permute(stacked, [0, 3, 1, 2]), [BLOCK_N, 8 * PAIRS])
+
+
+@triton.jit
+def gather_codes(tiles_ptr, offs_n, offs_k, K, mask, BITS: tl.constexpr):
+    """Codes, int32, at rows `offs_n` and columns `offs_k`, which broadcast: any order, one load per code or two."""
+    tile_ptrs = tiles_ptr + (offs_n // TILE_N * tl.cdiv(K, TILE_K) + offs_k // TILE_K).to(tl.int64) * (
+        WORDS_PER_BIT * BITS
+    )
+    # row = (warp, row half, g), column = (chunk, t, side), chunk = (block, word, pair): see tiles.py
+    WIDTH: tl.constexpr = 4 if BITS == 4 else 2
+    PAIRS_PER_WORD: tl.constexpr = 16 // WIDTH
+    row, column = offs_n % TILE_N, offs_k % TILE_K
+    thread = (row // 16 * 8 + row % 8) * 4 + column // 2 % 4
+    row_half, side, chunk = row // 8 % 2, column % 2, column // 8
+    word = chunk // PAIRS_PER_WORD
+    index = ((word // 2 * (TILE_N * 2) + thread) * 2 + row_half) * 2 + word % 2
+    code = tl.load(tile_ptrs + index, mask=mask, other=0) >> (side * 16 + chunk % PAIRS_PER_WORD * WIDTH)
+    code &= (1 << WIDTH) - 1
+    if BITS == 3:
+        high = tl.load(tile_ptrs + 512 + thread * 2 + row_half, mask=mask, other=0)
+        code |= (high >> (side * 16 + chunk) & 1) << 2
+    return code

@@ -16,9 +16,11 @@ from bq_kernels import (
     triton_decode,
     triton_dequantize,
     triton_gemm,
+    triton_gemm_int8,
     triton_linear,
     triton_mma,
     triton_rotate,
+    triton_rotate_int8,
 )
 from bq_kernels.format import split_block
 from bq_kernels.triton_linear import Launch
@@ -67,9 +69,9 @@ def test_rotation(block_size, rows, dtype, target, monkeypatch, tmp_path):
         inspect(*launch, target, tmp_path)
 
 
-def layer(bits, group, float_zero):
-    tiles = meta(FEATURES // 64, FEATURES // 128, 256 * bits, dtype=torch.int32)
-    scales = meta(FEATURES // group, FEATURES)
+def layer(bits, group, float_zero, in_features=FEATURES):
+    tiles = meta(FEATURES // 64, in_features // 128, 256 * bits, dtype=torch.int32)
+    scales = meta(in_features // group, FEATURES)
     return tiles, scales, scales if float_zero else None
 
 
@@ -183,11 +185,55 @@ def test_mma(rows, bits, group, float_zero, dtype, launch, target, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "float_zero", "dtype", "target"),
-    on_targets((2, 128, False, HALF), (2, 64, True, BRAIN), (3, 32, False, HALF)),
+    ("bits", "group", "float_zero", "dtype", "block_size", "target"),
+    on_targets(
+        (2, 128, False, HALF, None),
+        (2, 128, False, HALF, 128),
+        (2, 64, True, BRAIN, 64),
+        (3, 32, False, HALF, 128),
+        (2, 128, False, HALF, 8192),
+        (4, 128, True, BRAIN, 11008),
+        (3, 64, False, HALF, 512),
+    ),
 )
-def test_dequantize(bits, group, float_zero, dtype, target, monkeypatch, tmp_path):
-    arguments = *layer(bits, group, float_zero), FEATURES, FEATURES, dtype
+def test_dequantize(bits, group, float_zero, dtype, block_size, target, monkeypatch, tmp_path):
+    """W′, W′ Q in tiles, and W′ Q by rows."""
+    features, tables = FEATURES, (None, None)
+    if block_size:
+        k, m = split_block(block_size)
+        blocks = max(FEATURES // block_size, 1)
+        features = blocks * block_size
+        tables = meta(blocks, 2, k, block_size // 2, dtype=torch.float32), meta(blocks, m, m, dtype=torch.float32)
+    arguments = *layer(bits, group, float_zero, features), features, FEATURES, dtype, *tables
     module = triton_dequantize
-    [launch] = record(monkeypatch, target, module, "_dequantize_kernel", module, "dequantize", *arguments)
+    kernel = "_dequantize_kernel" if block_size is None or block_size <= 128 else "_dequantize_rows_kernel"
+    [launch] = record(monkeypatch, target, module, kernel, module, "dequantize", *arguments)
     inspect(*launch, target, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("features", "block_size", "dtype", "target"),
+    on_targets((8192, 128, HALF), (11008, 128, BRAIN), (8192, 8192, HALF), (28672, 64, HALF), (11008, 11008, HALF)),
+)
+def test_rotate_to_int8(features, block_size, dtype, target, monkeypatch, tmp_path):
+    k, m = split_block(block_size)
+    blocks = features // block_size
+    tables = meta(blocks, 2, k, block_size // 2, dtype=torch.float32), meta(blocks, m, m, dtype=torch.float32)
+    module, x = triton_rotate_int8, meta(2048, features, dtype=dtype)
+    launches = record(monkeypatch, target, module, "_rotate_to_int8_kernel", module, "rotate_to_int8", x, *tables)
+    [launch] = launches
+    inspect(*launch, target, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "float_zero", "target"),
+    on_targets((2, 128, False), (2, 64, False), (2, 128, True), (3, 32, False), (4, 128, False)),
+)
+def test_gemm_int8(bits, group, float_zero, target, monkeypatch, tmp_path):
+    x, x_scales = meta(2048, FEATURES, dtype=torch.int8), meta(2048, 1, dtype=torch.float32)
+    arguments = x, x_scales, *layer(bits, group, float_zero), None, FEATURES, HALF
+    module = triton_gemm_int8
+    [launch] = record(monkeypatch, target, module, "_gemm_int8_kernel", module, "int8_linear", *arguments)
+    report = inspect(*launch, target, tmp_path)
+    if target == "sm90":
+        assert report.count("IGMMA") > 0

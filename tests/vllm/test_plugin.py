@@ -62,7 +62,7 @@ def test_register_is_idempotent(vllm):
     assert get_quantization_config("butterfly") is ButterflyConfig
     assert QUANTIZATION_METHODS.count("butterfly") == 1
     # or a graph compiled for one backend would be run with another one's tensors
-    assert "BQ_VLLM_BACKEND" in compile_factors()
+    assert {"BQ_VLLM_BACKEND", "BQ_VLLM_PREFILL_ACTIVATION_BITS"} <= set(compile_factors())
 
 
 def test_register_does_not_raise(vllm, monkeypatch, caplog):
@@ -80,6 +80,7 @@ def test_register_does_not_raise(vllm, monkeypatch, caplog):
     ("edit", "message"),
     [
         ({"format_version": 2}, "reads version 1, the checkpoint says 2"),
+        ({"prefill_activation_bits": 4}, r"prefill_activation_bits: expected one of \[16, 8\], found 4"),
         ({"bits": 5}, r"bits: expected one of \[2, 3, 4\], found 5"),
         ({"sign": True}, "unknown key 'sign'"),
         ({"rotation": {"kind": "wavelet", "block_size": {"default": 64}}}, "rotation.kind: .*'wavelet'"),
@@ -207,3 +208,29 @@ def test_backend_that_cannot_run(config, linear, monkeypatch, backend, message):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=message):
         config().get_quant_method(linear, "model.layers.0.self_attn.o_proj")
+
+
+@pytest.mark.parametrize(
+    ("backend", "asked", "configured", "bits"),
+    [
+        ("triton", "", 16, 16),  # off by default
+        ("triton", "", 8, 8),
+        ("reference", "8", 16, 8),
+        ("triton", "16", 8, 16),  # the variable goes before the checkpoint
+        ("dense", "", 8, 16),  # whose activations are not rotated
+    ],
+)
+def test_bits_of_activations(monkeypatch, backend, asked, configured, bits):
+    from bq_vllm.backend import select_activation_bits
+
+    monkeypatch.setenv("BQ_VLLM_PREFILL_ACTIVATION_BITS", asked)
+    assert select_activation_bits(backend, configured) == bits
+
+
+@pytest.mark.parametrize(("backend", "asked"), [("triton", "4"), ("triton", "int8"), ("dense", "8")])
+def test_bits_of_activations_that_cannot_be(monkeypatch, backend, asked):
+    from bq_vllm.backend import select_activation_bits
+
+    monkeypatch.setenv("BQ_VLLM_PREFILL_ACTIVATION_BITS", asked)
+    with pytest.raises(ValueError, match=f"BQ_VLLM_PREFILL_ACTIVATION_BITS={asked}"):
+        select_activation_bits(backend, 16)
