@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bq_kernels import ops
 from bq_kernels.triton_linear import Launch
 
 from benchmarks.packed_linear import tuning
 from benchmarks.packed_linear.report import comparison_table, layer_table
+from benchmarks.packed_linear.warming import WarmUp, kernels_of
 
 ROOT = Path(__file__).parents[2]
 LAUNCH_TABLE = ROOT / "kernels" / "bq_kernels" / "launch.json"
@@ -38,6 +40,15 @@ def test_tuning_of_kernels(run):
 def test_kernels_want_a_gpu(start):
     done = start("kernels.py", "run")
     assert done.returncode != 0 and "no GPU here" in done.stderr
+
+
+@pytest.mark.skipif(ops.interpreted(), reason="an interpreted kernel cannot be compiled")
+def test_kernels_are_built_ahead(gpu):
+    launches = [Launch(1, "decode", 2, 512, True), Launch(16, "gemm", block_m=16), Launch(None, "dense")]
+    found = kernels_of(WarmUp(192, 256, 64, [1, 5], launches), "cpu")
+    names = {wanted.kernel.__name__ for wanted in found}
+    assert names == {"_decode_kernel", "_gemm_kernel", "_dequantize_kernel", "_rotate_kernel"}
+    assert len(kernels_of(WarmUp(192, 256, 64, [1], [None]), "cpu")) == 3  # in blocks, full width, and no rotation
 
 
 def test_plot_without_measuring(run, tmp_path):
