@@ -3,6 +3,7 @@
     python benchmarks/kernels.py run  [--shapes llama2-70b,square] [--rows 1,16] [--minutes 9] [--json FILE]
     python benchmarks/kernels.py tune [--minutes 9]     fill launch.json for this GPU, then `run`
     python benchmarks/kernels.py plot FILE              draw FILE.png from the JSON of an earlier run
+    python benchmarks/kernels.py build-quarot QUAROT CUTLASS -o FILE.so    then BQ_QUAROT=FILE.so … run
 
 Ceilings (a device copy, an fp16 product) are measured first, and floors derive from them. Each figure is the median
 over replays of a CUDA graph that goes through several sets of weights, together larger than the L2 cache; results are
@@ -13,6 +14,7 @@ on a CPU too, where its times mean nothing.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,7 +26,7 @@ from rich.console import Console
 
 from benchmarks.harness.provenance import command
 from benchmarks.harness.results import finish, write_plot
-from benchmarks.packed_linear import report, tuning
+from benchmarks.packed_linear import quarot, report, tuning
 from benchmarks.packed_linear.cases import SHAPES, LinearCase
 from benchmarks.packed_linear.measure import Measurement, environment, measure_ceilings
 from benchmarks.packed_linear.warming import WarmUp, build_kernels
@@ -119,3 +121,21 @@ def plot(
     out = out or results.with_suffix(".png")
     write_plot(out, report.plot(record, note))
     console.print(f"{out} drawn from {results}")
+
+
+@app.command()
+def build_quarot(
+    source: Annotated[Path, typer.Argument(help="A copy of github.com/spcl/QuaRot.")],
+    cutlass: Annotated[Path, typer.Argument(help="A copy of github.com/NVIDIA/cutlass.")],
+    out: Annotated[Path, typer.Option("-o", help="Shared library to write.")] = Path("build/libquarot.so"),
+    arch: Annotated[str, typer.Option(help="Of the GPU.")] = "sm_90",
+    nvcc: Annotated[str, typer.Option(help="CUDA's compiler.")] = "nvcc",
+) -> None:
+    """Compile QuaRot's own 4-bit linear for the table; needs nvcc, and no GPU."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    call = quarot.build_command(source, cutlass, out, arch, nvcc)
+    try:
+        subprocess.run(call, check=True)
+    except (OSError, subprocess.CalledProcessError) as problem:
+        sys.exit(f"QuaRot does not compile: {problem}")
+    console.print(f"export {quarot.VARIABLE}={out.resolve()}", soft_wrap=True)
