@@ -2,6 +2,8 @@
 
     python benchmarks/kernels.py run  [--shapes llama2-70b,square] [--rows 1,16] [--minutes 9] [--json FILE]
     python benchmarks/kernels.py tune [--minutes 9]     fill launch.json for this GPU, then `run`
+    python benchmarks/kernels.py errors                 against float64, over formats, shapes and rows
+    python benchmarks/kernels.py layer                  the linears of one decoder layer in a CUDA graph, by kernel
     python benchmarks/kernels.py plot FILE              draw FILE.png from the JSON of an earlier run
     python benchmarks/kernels.py build-quarot QUAROT CUTLASS -o FILE.so    then BQ_QUAROT=FILE.so … run
 
@@ -22,11 +24,13 @@ from typing import Annotated
 
 import torch
 import typer
+from bq_kernels.gpu import gpu_of
+from bq_kernels.triton_linear import launches
 from rich.console import Console
 
 from benchmarks.harness.provenance import command
 from benchmarks.harness.results import finish, write_plot
-from benchmarks.packed_linear import quarot, report, tuning
+from benchmarks.packed_linear import errors, layer_step, quarot, report, tuning
 from benchmarks.packed_linear.cases import SHAPES, LinearCase
 from benchmarks.packed_linear.measure import Measurement, environment, measure_ceilings
 from benchmarks.packed_linear.warming import WarmUp, build_kernels
@@ -99,12 +103,54 @@ def tune(
     counts = (1, 5) if smoke else TUNED_ROWS
     cases = [LinearCase(*shape, group, device, cache) for shape in shapes]
     build_kernels([WarmUp(*shape, group, [n], tuning.candidates(n)) for n in counts for shape in shapes], console)
-    best = [vars(launch) for launch in tuning.rank(counts, cases, deadline, console, 2 if smoke else None)]
-    best.append({"max_rows": None, "kernel": "dense"})
-    gpu = environment()["device"]
+    best = list(tuning.rank(counts, cases, deadline, console, 2 if smoke else None))
+    gpu = gpu_of(cases[0].packed[0][0])
+    most = best[-1].max_rows if best else 0
+    best += [line for line in launches(gpu.name, gpu.architecture) if line.max_rows is None or line.max_rows > most]
     if not smoke:
-        tuning.write_launch_table(gpu, best)
-    console.print(f"launch.json: {len(best)} lines for {gpu}")
+        tuning.write_launch_table(gpu.name, best)
+    console.print(f"launch.json: {len(best)} lines for {gpu.name or 'no GPU'}")
+
+
+@app.command("errors")
+def measure_errors(
+    shapes: Annotated[str, typer.Option(help="Models, comma-separated.")] = "llama2-7b",
+    rows: Annotated[str, typer.Option(help="Rows of x, comma-separated.")] = "1,2,8,16,48,256,600",
+    minutes: Annotated[float, typer.Option(help="Stop after that long and say what is left out.")] = 8.5,
+    smoke: bool = False,
+    as_json: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/errors.json"),
+) -> None:
+    """Compare the packed linear with float64, print the worst of each format, write JSON; fails on a wrong result."""
+    device, deadline = _device(smoke), time.monotonic() + 60 * minutes
+    if smoke:
+        shapes, rows = "smoke", "1,5,20"
+    layers = {f"{model} {name}": shape for model in shapes.split(",") for name, shape in SHAPES[model].items()}
+    torch.manual_seed(0)
+    results, left_out = errors.measure_errors(layers, [int(count) for count in rows.split(",")], device, deadline)
+    record = {"command": command(), "environment": environment(), "rows": results, "left_out": left_out}
+    finish(console, record, as_json, [errors.error_table(results)])
+    if wrong := errors.exceeding(results):
+        sys.exit(f"wrong results: {wrong}")
+
+
+@app.command("layer")
+def measure_layer(
+    shapes: Annotated[str, typer.Option(help="A model.")] = "llama2-7b",
+    rows: Annotated[str, typer.Option(help="Rows of x, comma-separated.")] = "1,8,64",
+    group: Annotated[int, typer.Option(help="Columns that share a scale.")] = 128,
+    smoke: bool = False,
+    as_json: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/layer.json"),
+) -> None:
+    """Time the linears of one decoder layer in sequence, profile their kernels, print a table, write JSON."""
+    device = _device(smoke)
+    if smoke:
+        shapes, rows, group = "smoke", "1,5", 64
+    torch.manual_seed(0)
+    counts, cache = [int(count) for count in rows.split(",")], measure_ceilings(device).cache
+    build_kernels([WarmUp(*shape, group, counts, [None]) for shape in SHAPES[shapes].values()], console)
+    results = layer_step.measure_step(SHAPES[shapes], counts, group, device, cache)
+    record = {"command": command(), "environment": environment(), "group": group, "shapes": shapes, "rows": results}
+    finish(console, record, as_json, [layer_step.step_table(results)])
 
 
 @app.command()

@@ -33,7 +33,8 @@ def test_kernels(run, tmp_path):
 @pytest.mark.slow
 def test_tuning_of_kernels(run):
     before = LAUNCH_TABLE.read_text()
-    assert "3 lines" in run("kernels.py", "tune", "--smoke")
+    # of 1 and 5 rows; where more have not been tried, the lines of before stay
+    assert "7 lines for no GPU" in run("kernels.py", "tune", "--smoke")
     assert LAUNCH_TABLE.read_text() == before
 
 
