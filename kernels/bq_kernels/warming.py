@@ -2,7 +2,7 @@
 
 Triton compiles a kernel when it is first launched, and a model's first launches come one after the other. Here they are
 made once without being carried out: Triton's own hook hands over what it would compile, and all of that is compiled
-side by side. Threads suffice: of 17.7 s in which one thread compiled four kernels with Triton 3.9, another could not run
+side by side. Threads suffice: while one compiled four kernels for 17.7 s (Triton 3.9), another was kept from running
 Python for 0.8 s in all. What has been compiled lies in Triton's cache on disk, where a second start finds it.
 """
 
