@@ -13,7 +13,6 @@ table, see `kernels.py build-quarot`.
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -69,8 +68,6 @@ def main(
 ) -> None:
     """Run the steps, print what became of them."""
     out = out.resolve()
-    if not resume and not only:
-        shutil.rmtree(out, ignore_errors=True)
     chosen = _chosen(Plan(out, rehearse, checkpoint, text), only)
     out.mkdir(parents=True, exist_ok=True)
     variables = environment(out)
@@ -79,10 +76,12 @@ def main(
     console.print(", ".join(f"{name} {value}" for name, value in found.items()), highlight=False, soft_wrap=True)
     lease = Lease(out, minutes, found["gpu"], variables, console)
     lease.facts = {"command": command(), "machine": found}
-    lease.resume()
-    restore_launches(out)
-    for step in chosen if only else []:
-        lease.outcomes.pop(step.name, None)  # asked for by name: again
+    if resume or only:
+        lease.resume()
+        restore_launches(out)
+    if not resume:
+        for step in chosen:
+            lease.forget(step)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a machine that is taken away says so
     status = 0
     try:

@@ -140,6 +140,12 @@ class Lease:
             kept = json.loads(self.state_file.read_text())["steps"]
             self.outcomes = {name: Outcome(**outcome) for name, outcome in kept.items()}
 
+    def forget(self, step: Step) -> None:
+        """Begin a step anew: some go on with the JSON file of an earlier command."""
+        self.outcomes.pop(step.name, None)
+        if step.result:
+            step.result.unlink(missing_ok=True)
+
     def save(self) -> None:
         """Write the state; after every step, for the machine may be taken away."""
         steps = {name: asdict(outcome) for name, outcome in self.outcomes.items()}

@@ -129,6 +129,8 @@ def test_resume(lease, tmp_path):
     assert states(second) == {"a": DONE, "b": FAILED, "c": DONE, "d": DONE}
     assert done.read_text() == "abc" + "cdb"  # what failed comes last
     assert json.loads((tmp_path / "lease.json").read_text())["steps"]["d"]["state"] == DONE
+    second.forget(wanted[2])
+    assert not result.exists() and "c" not in second.outcomes
 
 
 def test_ctrl_c(lease, tmp_path, monkeypatch):

@@ -68,6 +68,8 @@ def test_few_numbers_of_rows_stand_for_all(gpu):
     representative = warming.representative_rows(most)
     assert len(representative) < 100 and representative[0] == 1 and representative[-1] == most
     assert record(representative).keys() == every.keys() | record([most, most - 1]).keys()
+    lines = [line for name in ("sm80", "sm90", "gfx942") for line in triton_linear.launches("", name)]
+    assert max(line.max_rows for line in lines if line.kernel == "gemm") <= warming.MOST_SPLIT_ROWS
     assert warming.representative_rows(1) == [1] and warming.representative_rows(3) == [1, 2, 3]
 
 
