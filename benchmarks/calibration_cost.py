@@ -63,7 +63,7 @@ def main(
     recipe: Annotated[str, typer.Option(help="As for bq-calibrate.")] = "fast",
     samples: Annotated[int, typer.Option(help="Sequences.")] = 64,
     seqlen: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
-    work: Annotated[Path, typer.Option(help="Folder for model and checkpoint; what it holds is replaced.")] = Path(
+    work: Annotated[Path, typer.Option(help="Folder for `fp16` and `bq2`, which are replaced.")] = Path(
         "build/calibration_cost"
     ),
     as_json: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/calibration_cost.json"),
@@ -74,8 +74,9 @@ def main(
     from benchmarks.harness.provenance import command
     from benchmarks.harness.results import write_json
 
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
+    for name in ("fp16", "bq2", "bq2.partial"):
+        shutil.rmtree(work / name, ignore_errors=True)
     write_model(shape, blocks, work, device)
     random = work / "random.txt"
     random.write_text(_words(torch.randint(10_000, (WORDS,))))

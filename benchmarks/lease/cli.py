@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +57,7 @@ def _report(lease: Lease, out: Path) -> None:
 
 @app.command(help=__doc__)
 def main(
-    minutes: Annotated[float, typer.Option(help="For all steps together.")] = 9.0,
+    minutes: Annotated[float, typer.Option(help="For all of it together.")] = 9.0,
     resume: Annotated[bool, typer.Option(help="Keep what is done, run the rest.")] = False,
     only: Annotated[str, typer.Option(help="Steps, comma-separated; all by default.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of results and state.")] = Path("build/gpu"),
@@ -67,14 +68,14 @@ def main(
     rehearse: Annotated[bool, typer.Option(help="Tiny shapes; times mean nothing.")] = False,
 ) -> None:
     """Run the steps, print what became of them."""
-    out = out.resolve()
+    deadline, out = time.monotonic() + 60 * minutes, out.resolve()
     chosen = _chosen(Plan(out, rehearse, checkpoint, text), only)
     out.mkdir(parents=True, exist_ok=True)
     variables = environment(out)
     found = machine(variables)
     claim_folder(out, {"rehearse": rehearse, "machine": found})
     console.print(", ".join(f"{name} {value}" for name, value in found.items()), highlight=False, soft_wrap=True)
-    lease = Lease(out, minutes, found["gpu"], variables, console)
+    lease = Lease(out, deadline, found["gpu"], variables, console)
     lease.facts = {"command": command(), "machine": found}
     if resume or only:
         lease.resume()

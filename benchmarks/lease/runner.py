@@ -117,15 +117,15 @@ class Lease:
 
     Args:
         out: folder of results, logs and of `lease.json`, the state that a later command resumes.
-        minutes: for all steps together.
+        deadline: of all steps together, by time.monotonic().
         has_gpu: whether the machine has one.
         variables: of the steps' processes.
         console: where to print.
     """
 
-    def __init__(self, out: Path, minutes: float, has_gpu: bool, variables: dict[str, str], console: Console) -> None:
-        self.out, self.has_gpu, self.variables, self.console = out, has_gpu, variables, console
-        self.deadline = time.monotonic() + 60 * minutes
+    def __init__(self, out: Path, deadline: float, has_gpu: bool, variables: dict[str, str], console: Console) -> None:
+        self.out, self.deadline, self.has_gpu = out, deadline, has_gpu
+        self.variables, self.console = variables, console
         self.outcomes: dict[str, Outcome] = {}
         self.facts: dict[str, Any] = {}
 

@@ -29,7 +29,8 @@ time.sleep(600)
 @pytest.fixture
 def lease(tmp_path):
     def lease(minutes=5.0, has_gpu=False) -> Lease:
-        return Lease(tmp_path, minutes, has_gpu, dict(os.environ), Console(quiet=True))
+        deadline = time.monotonic() + 60 * minutes
+        return Lease(tmp_path, deadline, has_gpu, dict(os.environ), Console(quiet=True))
 
     return lease
 
