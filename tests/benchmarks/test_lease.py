@@ -18,12 +18,7 @@ from benchmarks.lease.runner import DONE, FAILED, INTERRUPTED, OUT_OF_TIME, UNFI
 from benchmarks.lease.steps import GPU, MINUTES, ROOT, Plan, Step, steps
 
 # starts a process in a session of its own, as vLLM's engines are, writes its number, and waits
-ENGINE = """
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-open(sys.argv[1], "w").write(str(child.pid))
-time.sleep(600)
-"""
+ENGINE = 'setsid sleep 600 & echo $! > "$0"; wait'
 
 
 @pytest.fixture
@@ -38,6 +33,10 @@ def lease(tmp_path):
 def python(name, code, *arguments, **options) -> Step:
     options = {"seconds": 60, "least": 1} | options
     return Step(name, name, (sys.executable, "-c", code, *map(str, arguments)), **options)
+
+
+def engine(child: Path, seconds: int) -> Step:
+    return Step("long", "long", ("sh", "-c", ENGINE, str(child)), seconds, 1)
 
 
 def states(lease) -> dict[str, str]:
@@ -67,14 +66,14 @@ def test_a_step_that_takes_too_long_is_ended_with_all_below_it(lease, tmp_path, 
     monkeypatch.setattr(processes, "GRACE", 1.0)
     child = tmp_path / "child"
     late = lease()
-    late.run([python("long", ENGINE, child, seconds=8), python("next", "print('fine')")])
+    late.run([engine(child, 4), python("next", "print('fine')")])
     assert states(late) == {"long": OUT_OF_TIME, "next": DONE}
     assert_ends(int(child.read_text()))
-    assert late.outcomes["long"].note == "ended after 8 s" and late.outcomes["next"].note == "fine"
+    assert late.outcomes["long"].note == "ended after 4 s" and late.outcomes["next"].note == "fine"
 
 
 def test_the_budget_is_that_of_all_steps(lease):
-    short = lease(minutes=0.5)
+    short = lease(minutes=1.5)
     short.run([python("first", "pass"), python("big", "pass", least=100), python("last", "pass")])
     assert states(short) == {"first": DONE, "big": OUT_OF_TIME, "last": DONE}
     spent = lease(minutes=0.0)
@@ -140,7 +139,7 @@ def test_ctrl_c(lease, tmp_path, monkeypatch):
     threading.Thread(target=lambda: (wait_for(child), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
     stopped = lease()
     with pytest.raises(KeyboardInterrupt):
-        stopped.run([python("long", ENGINE, child), python("next", "pass")])
+        stopped.run([engine(child, 600), python("next", "pass")])
     assert_ends(int(child.read_text()))
     kept = json.loads((tmp_path / "lease.json").read_text())["steps"]
     assert {name: step["state"] for name, step in kept.items()} == {"long": INTERRUPTED, "next": OUT_OF_TIME}
