@@ -8,7 +8,7 @@ from fractions import Fraction
 from types import MethodType
 
 import torch
-from bq_kernels import reference
+from bq_kernels import ops, reference
 from bq_kernels.format import GROUP_MULTIPLE, PER_CHANNEL, FormatError, QuantConfig, TensorSpec
 from bq_kernels.prepared import PreparedWeights, prepare_weights, prepared_linear
 from torch.nn import Parameter
@@ -25,6 +25,7 @@ from vllm.model_executor.parameter import (
 )
 
 from .backend import select_activation_bits, select_backend
+from .warming import warm_up
 
 
 def check_shard(module: str, config: QuantConfig, in_features: int, shard: int) -> None:
@@ -129,6 +130,7 @@ class ButterflyLinearMethod(LinearMethodBase):
         self.backend = select_backend()
         self.activation_bits = select_activation_bits(self.backend, config.prefill_activation_bits)
         self.dense = UnquantizedLinearMethod() if self.backend == "dense" else None
+        self.compiles = self.backend == "triton" and not ops.interpreted()
 
     def create_weights(
         self,
@@ -177,6 +179,8 @@ class ButterflyLinearMethod(LinearMethodBase):
                 param = GroupQuantScaleParameter(input_dim=1, output_dim=0, **common)
             param.suffix = suffix
             layer.register_parameter(suffix, param)
+        if self.compiles:
+            warm_up.expect(layer)
 
     def _finish_loading(self, layer: torch.nn.Module) -> torch.Tensor | None:
         """Refuse missing tensors; returns the layer's angles [K/block, angles per block], None without a rotation."""
@@ -222,7 +226,7 @@ class ButterflyLinearMethod(LinearMethodBase):
         Raises:
             FormatError: if a tensor is missing, or angles that must be the same differ.
         """
-        angles = self._finish_loading(layer)
+        angles, in_features = self._finish_loading(layer), self._columns(layer)
         if self.backend == "dense":
             prepared = {"weight": self._dense_weight(layer, angles)}
         else:
@@ -236,6 +240,8 @@ class ButterflyLinearMethod(LinearMethodBase):
                 layer.register_parameter(name, Parameter(data, requires_grad=False))
         if self.backend == "dense":
             self.dense.process_weights_after_loading(layer)
+        if self.compiles:
+            warm_up.loaded(layer, in_features, self.apply)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """y = W x + bias for x [..., K] in any supported dtype."""

@@ -2,7 +2,10 @@
 
     python benchmarks/kernels.py run  [--shapes llama2-70b,square] [--rows 1,16] [--minutes 9] [--json FILE]
     python benchmarks/kernels.py tune [--minutes 9]     fill launch.json for this GPU, then `run`
+    python benchmarks/kernels.py errors                 against float64, over formats, shapes and rows
+    python benchmarks/kernels.py layer                  the linears of one decoder layer in a CUDA graph, by kernel
     python benchmarks/kernels.py plot FILE              draw FILE.png from the JSON of an earlier run
+    python benchmarks/kernels.py build-quarot QUAROT CUTLASS -o FILE.so    then BQ_QUAROT=FILE.so … run
 
 Ceilings (a device copy, an fp16 product) are measured first, and floors derive from them. Each figure is the median
 over replays of a CUDA graph that goes through several sets of weights, together larger than the L2 cache; results are
@@ -12,7 +15,9 @@ on a CPU too, where its times mean nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,12 +26,12 @@ from typing import Annotated
 import torch
 import typer
 from bq_kernels.gpu import gpu_of
-from bq_kernels.triton_linear import Launch
+from bq_kernels.triton_linear import launches
 from rich.console import Console
 
 from benchmarks.harness.provenance import command
 from benchmarks.harness.results import finish, write_plot
-from benchmarks.packed_linear import report, tuning
+from benchmarks.packed_linear import errors, layer_step, quarot, report, tuning
 from benchmarks.packed_linear.cases import SHAPES, LinearCase
 from benchmarks.packed_linear.measure import Measurement, environment, measure_ceilings
 from benchmarks.packed_linear.warming import WarmUp, build_kernels
@@ -98,17 +103,58 @@ def tune(
     shapes = [SHAPES["smoke"]["smoke"]] if smoke else TUNED_SHAPES
     counts = (1, 5) if smoke else TUNED_ROWS
     cases = [LinearCase(*shape, group, device, cache) for shape in shapes]
-    tried = gpu_of(cases[0].packed[0][0])
-    build_kernels(
-        [WarmUp(*shape, group, [n], tuning.candidates(n, tried)) for n in counts for shape in shapes], console
-    )
+    gpu = gpu_of(cases[0].packed[0][0])
+    build_kernels([WarmUp(*shape, group, [n], tuning.candidates(n, gpu)) for n in counts for shape in shapes], console)
     best = list(tuning.rank(counts, cases, deadline, console, 2 if smoke else None))
-    # more rows than were tried: what is best for the most, if that is for any number
-    best.append(Launch(None, "dense", fuse=bool(best) and best[-1].kernel == "dense" and best[-1].fuse))
-    gpu = environment()["device"]
+    most = best[-1].max_rows if best else 0
+    if best and best[-1].kernel == "dense":  # for any number of rows
+        best.append(dataclasses.replace(best[-1], max_rows=None))
+    else:
+        best += [line for line in launches(gpu.name, gpu.architecture) if line.max_rows is None or line.max_rows > most]
     if not smoke:
-        tuning.write_launch_table(gpu, best)
-    console.print(f"launch.json: {len(best)} lines for {gpu}")
+        tuning.write_launch_table(gpu.name, best)
+    console.print(f"launch.json: {len(best)} lines for {gpu.name or 'no GPU'}")
+
+
+@app.command("errors")
+def measure_errors(
+    shapes: Annotated[str, typer.Option(help="Models, comma-separated.")] = "llama2-7b",
+    rows: Annotated[str, typer.Option(help="Rows of x, comma-separated.")] = "1,2,8,16,48,256,600",
+    minutes: Annotated[float, typer.Option(help="Stop after that long and say what is left out.")] = 8.5,
+    smoke: bool = False,
+    as_json: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/errors.json"),
+) -> None:
+    """Compare the packed linear with float64, print the worst of each format, write JSON; fails on a wrong result."""
+    device, deadline = _device(smoke), time.monotonic() + 60 * minutes
+    if smoke:
+        shapes, rows = "smoke", "1,5,20"
+    layers = {f"{model} {name}": shape for model in shapes.split(",") for name, shape in SHAPES[model].items()}
+    torch.manual_seed(0)
+    results, left_out = errors.measure_errors(layers, [int(count) for count in rows.split(",")], device, deadline)
+    record = {"command": command(), "environment": environment(), "rows": results, "left_out": left_out}
+    finish(console, record, as_json, [errors.error_table(results)])
+    if wrong := errors.exceeding(results):
+        sys.exit(f"wrong results: {wrong}")
+
+
+@app.command("layer")
+def measure_layer(
+    shapes: Annotated[str, typer.Option(help="A model.")] = "llama2-7b",
+    rows: Annotated[str, typer.Option(help="Rows of x, comma-separated.")] = "1,8,64",
+    group: Annotated[int, typer.Option(help="Columns that share a scale.")] = 128,
+    smoke: bool = False,
+    as_json: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/layer.json"),
+) -> None:
+    """Time the linears of one decoder layer in sequence, profile their kernels, print a table, write JSON."""
+    device = _device(smoke)
+    if smoke:
+        shapes, rows, group = "smoke", "1,5", 64
+    torch.manual_seed(0)
+    counts, cache = [int(count) for count in rows.split(",")], measure_ceilings(device).cache
+    build_kernels([WarmUp(*shape, group, counts, [None]) for shape in SHAPES[shapes].values()], console)
+    results = layer_step.measure_step(SHAPES[shapes], counts, group, device, cache)
+    record = {"command": command(), "environment": environment(), "group": group, "shapes": shapes, "rows": results}
+    finish(console, record, as_json, [layer_step.step_table(results)])
 
 
 @app.command()
@@ -125,3 +171,21 @@ def plot(
     out = out or results.with_suffix(".png")
     write_plot(out, report.plot(record, note))
     console.print(f"{out} drawn from {results}")
+
+
+@app.command()
+def build_quarot(
+    source: Annotated[Path, typer.Argument(help="A copy of github.com/spcl/QuaRot.")],
+    cutlass: Annotated[Path, typer.Argument(help="A copy of github.com/NVIDIA/cutlass.")],
+    out: Annotated[Path, typer.Option("-o", help="Shared library to write.")] = Path("build/libquarot.so"),
+    arch: Annotated[str, typer.Option(help="Of the GPU.")] = "sm_90",
+    nvcc: Annotated[str, typer.Option(help="CUDA's compiler.")] = "nvcc",
+) -> None:
+    """Compile QuaRot's own 4-bit linear for the table; needs nvcc, and no GPU."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    call = quarot.build_command(source, cutlass, out, arch, nvcc)
+    try:
+        subprocess.run(call, check=True)
+    except (OSError, subprocess.CalledProcessError) as problem:
+        sys.exit(f"QuaRot does not compile: {problem}")
+    console.print(f"export {quarot.VARIABLE}={out.resolve()}", soft_wrap=True)

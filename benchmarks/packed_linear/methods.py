@@ -12,6 +12,7 @@ from bq_kernels.format import midrise_zero
 from bq_kernels.packing import unpack
 
 from benchmarks.packed_linear.cases import BITS, DTYPE, LinearCase
+from benchmarks.packed_linear.quarot import QuarotLinear
 
 WIDE_BLOCK = 512
 MOST_PEER_LAYERS = 8  # gemlite compiles for each of its layers
@@ -85,6 +86,12 @@ def gemlite(case: LinearCase) -> Prepared:
     return Prepared(lambda x, i: layers[i](x), len(layers))
 
 
+def quarot(case: LinearCase) -> Prepared:
+    """QuaRot's 4-bit CUDA linear, from a library that the user has built; activations are 4 bits, too."""
+    layer = QuarotLinear(case)
+    return Prepared(layer, len(layer.codes))
+
+
 BASELINE, ROTATED = "cuBLAS fp16", "ours, block = group"
 METHODS: dict[str, Method] = {
     BASELINE: cublas,
@@ -97,5 +104,6 @@ METHODS: dict[str, Method] = {
     "ours, Hadamard = group": packed(lambda case: case.group_size, hadamard=True),
     "Humming W2": humming,
     "gemlite A16W2": gemlite,
+    "QuaRot W4A4": quarot,
 }
-PEERS = ("Humming W2", "gemlite A16W2")  # may be missing, or not take a shape
+PEERS = ("Humming W2", "gemlite A16W2", "QuaRot W4A4")  # may be missing, or not take a shape

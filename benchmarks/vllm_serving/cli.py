@@ -1,6 +1,6 @@
 """Tokens per second of a running vLLM: this project beside fp16, QuaRot and vLLM's own 2- and 4-bit quantization.
 
-    python benchmarks/serving.py llama2-7b [--rows fp16,butterfly-128] [--parts latency,throughput,serve] [--profile]
+    python benchmarks/serving.py llama2-7b [--rows fp16,butterfly-128] [--parts latency,prefill] [--profile]
     python benchmarks/serving.py llama2-7b --resume      measure what the last command left out
 
 MODEL is a name below, any config.json (both with vLLM's dummy weights), or a checkpoint, which becomes a row beside
@@ -14,10 +14,11 @@ dummies of its shape. The rows:
     vllm-hadamard-w2   QuaRot as vLLM offers it: compressed-tensors, 2 bits, Hadamard in blocks of 128
     vllm-w4            compressed-tensors at 4 bits with the kernel that vLLM picks (its name is printed)
 
-The measuring tools are vLLM's own: `bench latency`, `bench throughput` and `bench serve`. Each of the first two would
-start an engine, and an engine takes longer to start than to measure; here they are called from Python, all on the one
-engine of the row. `bench serve` then needs a server, a second start that finds everything compiled. vLLM is imported
-once, in a process from which those of the rows are forked. All engines get the same flags.
+The measuring tools are vLLM's own: `bench latency`, `bench throughput` and `bench serve`; a prefill is `bench latency`
+with one long prompt and one token out. Each of them would start an engine, and an engine takes longer to start than to
+measure; here all but `bench serve` are called from Python, on the one engine of the row. `bench serve` needs a server,
+a second start that finds everything compiled. vLLM is imported once, in a process from which those of the rows are
+forked. All engines get the same flags.
 
 Rows are measured in order of importance, first latency and throughput of all, then serving. The rows that --minutes
 does not suffice for, and those that fail, are named with the reason. Dummy weights are finite floats; packed codes,
@@ -52,9 +53,10 @@ from benchmarks.vllm_serving.engine import environment, offline, online
 from benchmarks.vllm_serving.models import CHECKPOINT, GROUP, ROWS, SHAPES, read_config, write_tokenizer
 from benchmarks.vllm_serving.processes import run_apart
 from benchmarks.vllm_serving.session import Session, resumed
-from benchmarks.vllm_serving.settings import PARTS, Settings, Task
+from benchmarks.vllm_serving.settings import PARTS, TOOLS, Settings, Task
 
 GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # captured batch sizes: fewer than vLLM's default, to start sooner
+LONGEST = 1024  # tokens of a request; longer prefills take longer ones
 SMOKE_FLAGS = "--max-model-len 64 --max-num-seqs 4 --max-num-batched-tokens 64 --enforce-eager"
 
 app = typer.Typer(add_completion=False)
@@ -80,8 +82,14 @@ def _chosen(text: str, known: tuple[str, ...]) -> list[str]:
     return [name for name in known if name in chosen]
 
 
-def engine_flags(smoke: bool, more: list[str]) -> tuple[str, ...]:
-    """Flags of all engines: float16 on a GPU, on a CPU the dtype that it multiplies natively; `more` wins."""
+def engine_flags(smoke: bool, more: list[str], longest: int = LONGEST) -> tuple[str, ...]:
+    """Flags of all engines: float16 on a GPU, on a CPU the dtype that it multiplies natively; `more` wins.
+
+    Args:
+        smoke: ask for as little as possible.
+        more: further flags.
+        longest: tokens of the longest request, in and out.
+    """
     flags = ["--no-enable-prefix-caching", "--seed", "0"]
     if "--dtype" not in more:
         dtype = torch.float16 if torch.cuda.is_available() else native_dtype(torch.bfloat16, "cpu")
@@ -89,7 +97,7 @@ def engine_flags(smoke: bool, more: list[str]) -> tuple[str, ...]:
     if smoke:
         flags += SMOKE_FLAGS.split()
     else:
-        flags += ["--max-model-len", "1024", "--max-num-seqs", "256"]
+        flags += ["--max-model-len", str(max(LONGEST, longest)), "--max-num-seqs", "256"]
         flags += ["--cudagraph-capture-sizes", *map(str, GRAPHS)]
     return (*flags, *more)
 
@@ -104,7 +112,7 @@ def _set_environment(smoke: bool) -> None:
     if smoke:
         # on a CPU, what an engine of its own process imports and what the sampler compiles takes longer than the rest
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
-    tools = [f"vllm.benchmarks.{name}" for name in PARTS]
+    tools = [f"vllm.benchmarks.{name}" for name in TOOLS]
     multiprocessing.get_context("forkserver").set_forkserver_preload(["vllm", *tools])
 
 
@@ -133,6 +141,7 @@ def main(
     latency: Annotated[str, typer.Option(help="Tokens in and out of a request of `bench latency`.")] = "32,128",
     load: Annotated[str, typer.Option(help="The same of `bench throughput` and `bench serve`.")] = "512,128",
     prompts: Annotated[int, typer.Option(help="Requests of `bench throughput`.")] = 256,
+    prefill: Annotated[int, typer.Option(help="Tokens in of a prefill.")] = 2048,
     runs: Annotated[int, typer.Option(help="How often each is measured.")] = 3,
     profile: Annotated[bool, typer.Option(help="Also break down a decode step of every batch.")] = False,
     minutes: Annotated[float, typer.Option(help="Stop after that long and say what is left out.")] = 8.5,
@@ -146,12 +155,14 @@ def main(
     deadline = time.monotonic() + 60 * minutes
     model = model or ("smoke" if smoke else "llama2-7b")
     if smoke:
-        batches, concurrency, latency, load, prompts = "2", "2", "8,2", "8,4", 4
-    settings = Settings(runs, _pair(latency), _pair(load), prompts, engine_flags(smoke, shlex.split(engine)))
+        batches, concurrency, latency, load, prompts, prefill = "2", "2", "8,2", "8,4", 4, 16
     config, checkpoint = read_config(model)
     known = ("fp16", *([CHECKPOINT] if checkpoint else []), *list(ROWS)[1:])
     chosen, chosen_parts = _chosen(rows or ",".join(known), known), _chosen(parts, PARTS)
+    flags = engine_flags(smoke, shlex.split(engine), prefill + 1 if "prefill" in chosen_parts else LONGEST)
+    settings = Settings(runs, _pair(latency), _pair(load), prompts, flags, prefill)
     offline_tasks: list[Task] = [("latency", n) for n in _numbers(batches) if "latency" in chosen_parts]
+    offline_tasks += [("prefill", 1)] if "prefill" in chosen_parts else []
     offline_tasks += [("throughput", prompts)] if "throughput" in chosen_parts else []
     offline_tasks += [("profile", n) for n in _numbers(batches) if profile]
     online_tasks: list[Task] = [("serve", n) for n in _numbers(concurrency) if "serve" in chosen_parts]

@@ -78,11 +78,11 @@ def _throughput(flags: tuple[str, ...], settings: Settings, count: int, out: Pat
     return seconds[1:]  # the first run meets every shape for the first time
 
 
-def _latency(flags: tuple[str, ...], settings: Settings, count: int, out: Path) -> list[float]:
-    """Seconds of each run of `bench latency`."""
+def _latency(flags: tuple[str, ...], settings: Settings, tokens: tuple[int, int], count: int, out: Path) -> list[float]:
+    """Seconds of each run of `bench latency`, with so many tokens in and out."""
     from vllm.benchmarks import latency
 
-    lengths = _lengths(("input_len", "output_len"), settings.latency)
+    lengths = _lengths(("input_len", "output_len"), tokens)
     iterations = {"num_iters_warmup": 1, "num_iters": settings.runs}
     latency.main(_parse(latency, flags, **lengths, **iterations, batch_size=count, output_json=out))
     return json.loads(out.read_text())["latencies"]
@@ -121,8 +121,9 @@ def offline(todo: list[Task], flags: tuple[str, ...], settings: Settings, folder
     for kind, count in todo:
         if kind == "throughput":
             result = _throughput(flags, settings, count, out)
-        elif kind == "latency":
-            result = _latency(flags, settings, count, out)
+        elif kind in ("latency", "prefill"):
+            tokens = settings.latency if kind == "latency" else (settings.prefill, 1)
+            result = _latency(flags, settings, tokens, count, out)
         else:
             result = _profile(flags, settings, count, traces)
         yield (kind, count), result

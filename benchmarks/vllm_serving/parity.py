@@ -67,7 +67,9 @@ def _perplexity_by_transformers(model: str, dataset: str, context: int, windows:
     """What `bq-eval` finds, in a process of its own; ends this one where it fails."""
     with TemporaryDirectory() as folder:
         scores = Path(folder) / "scores.json"
-        call = [Path(sys.executable).parent / "bq-eval", model, "--perplexity", dataset, "--context", context]
+        # not the command: the project may be there by PYTHONPATH alone
+        call = [sys.executable, "-c", "from bq_calibration.cli import evaluate_main; evaluate_main()", model]
+        call += ["--perplexity", dataset, "--context", context]
         call += ["--json", scores, *(["--windows", windows] if windows else [])]
         if code := subprocess.run([str(part) for part in call], check=False).returncode:
             sys.exit(code)

@@ -15,10 +15,10 @@ Rows = dict[str, dict]
 
 
 def rate(row: dict, task: Task, settings: Settings) -> list[float]:
-    """Generated tokens per second of every run of a latency or throughput task; empty if it was not measured."""
+    """Tokens per second of every run of a task, generated ones or, of a prefill, those of the prompt."""
     kind, count = task
-    tokens = count * (settings.latency if kind == "latency" else settings.load)[1]
-    return [tokens / seconds for seconds in row.get(kind, {}).get(str(count), [])]
+    tokens = {"latency": settings.latency[1], "prefill": settings.prefill, "throughput": settings.load[1]}[kind]
+    return [count * tokens / seconds for seconds in row.get(kind, {}).get(str(count), [])]
 
 
 def _cell(values: list[float], base: list[float]) -> str:
@@ -40,7 +40,7 @@ def _titles(tasks: list[Task]) -> list[str]:
 
 def speed_table(rows: Rows, settings: Settings) -> Table:
     """Tokens per second: median, half the range, ratio to fp16; with weights and room for the KV cache."""
-    base, speeds = rows.get("fp16", {}), measured(rows, "latency", "throughput")
+    base, speeds = rows.get("fp16", {}), measured(rows, "latency", "prefill", "throughput")
     table = Table("row", "weights, GiB", "room for KV, tokens", *_titles(speeds), title="tokens/s")
     for name, row in rows.items():
         cells = (_cell(rate(row, task, settings), rate(base, task, settings)) for task in speeds)
@@ -87,7 +87,7 @@ def _spread(values: list[float], base: float = 1.0) -> tuple[float, float, float
 
 
 def _draw_speeds(bars: Axes, rows: Rows, settings: Settings) -> None:
-    speeds = measured({name: row for name, row in rows.items() if name == "fp16"}, "latency", "throughput")
+    speeds = measured({name: row for name, row in rows.items() if name == "fp16"}, "latency", "prefill", "throughput")
     width = 1 / (len(rows) + 1)
     for i, (name, row) in enumerate(rows.items()):
         bars.bar(0, 0, color=f"C{i}", label=name)  # the legend's, for a row that has no speed

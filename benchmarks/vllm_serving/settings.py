@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-Task = tuple[str, int]  # latency, throughput, profile or serve; and for how many requests
-PARTS = ("latency", "throughput", "serve")
+Task = tuple[str, int]  # latency, prefill, throughput, profile or serve; and for how many requests
+TOOLS = ("latency", "throughput", "serve")  # of `vllm bench`
+PARTS = ("latency", "prefill", "throughput", "serve")  # prefill is `bench latency` with one token out
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Settings:
         load: tokens in and out of a request of `bench throughput` and `bench serve`.
         prompts: requests of `bench throughput`.
         flags: flags of all engines.
+        prefill: tokens in of a request of which only the prefill is timed.
     """
 
     runs: int
@@ -25,3 +27,4 @@ class Settings:
     load: tuple[int, int]
     prompts: int
     flags: tuple[str, ...]
+    prefill: int = 2048

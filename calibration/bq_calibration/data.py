@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -58,6 +59,13 @@ def check_length(config, length: int, flag: str) -> None:
         raise UserError(f"{flag} {length}: the model has {positions} positions; lower {flag}")
 
 
+def _load(*arguments: Any, **options: Any) -> Any:
+    """`datasets.load_dataset`; a .txt file does without that package."""
+    from datasets import load_dataset
+
+    return load_dataset(*arguments, **options)
+
+
 def load_documents(dataset: str, split: str) -> list[str]:
     """Texts of a data set.
 
@@ -69,17 +77,15 @@ def load_documents(dataset: str, split: str) -> list[str]:
     Raises:
         UserError: if the data set is unknown, unreadable or empty.
     """
-    from datasets import load_dataset
-
     path = Path(dataset)
     try:
         if dataset == "wikitext2":
-            rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
+            rows = _load("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
             documents = ["\n".join(row.rstrip("\n") for row in rows)]
         elif dataset == "c4":
             name = "train" if split == "train" else "validation"
             file = f"en/c4-{name}.00000-of-{'01024' if name == 'train' else '00008'}.json.gz"
-            rows = load_dataset("allenai/c4", data_files={name: file}, split=name, streaming=True)
+            rows = _load("allenai/c4", data_files={name: file}, split=name, streaming=True)
             documents = [row["text"] for row in rows.take(4000)]
         elif path.suffix in _LOCAL and path.is_file():
             if not path.stat().st_size:
@@ -87,7 +93,7 @@ def load_documents(dataset: str, split: str) -> list[str]:
             elif _LOCAL[path.suffix] == "text":
                 documents = [path.read_text(encoding="utf-8")]
             else:
-                rows = load_dataset(_LOCAL[path.suffix], data_files=str(path), split="train")
+                rows = _load(_LOCAL[path.suffix], data_files=str(path), split="train")
                 if "text" not in rows.column_names:
                     raise UserError(f"{dataset}: no column 'text'; it has {rows.column_names}")
                 documents = list(rows["text"])

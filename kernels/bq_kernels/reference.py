@@ -76,7 +76,7 @@ def givens_tables(angles: torch.Tensor, block_size: int) -> tuple[torch.Tensor, 
 
 
 def apply_rotation(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    """Rotate features by tables from `givens_tables`; float32 inside.
+    """Rotate features by tables from `givens_tables`; float32 inside, float64 for x in float64.
 
     Args:
         x: [..., n], any float dtype; n = B·b.
@@ -89,14 +89,14 @@ def apply_rotation(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) ->
     blocks, _, k, _ = cos_sin.shape
     m = mix.shape[-1]
     # copied: an operator must not return its argument, not even where Q is the identity (b = 1)
-    y = x.reshape(-1, blocks, m << k).to(torch.float32, copy=True)
+    y = x.reshape(-1, blocks, m << k).to(torch.promote_types(x.dtype, torch.float32), copy=True)
     rows = y.shape[0]
     for j in range(k):
         low, high = y.reshape(rows, blocks, m << (k - 1 - j), 2, 1 << j).unbind(3)
         cos, sin = cos_sin[:, :, j].reshape(blocks, 2, -1, 1 << j).unbind(1)
         y = torch.stack((cos * low - sin * high, sin * low + cos * high), dim=3)
     if m > 1:
-        y = torch.einsum("brs,tbsc->tbrc", mix, y.reshape(rows, blocks, m, 1 << k))
+        y = torch.einsum("brs,tbsc->tbrc", mix.to(y.dtype), y.reshape(rows, blocks, m, 1 << k))
     return y.reshape(x.shape).to(x.dtype)
 
 

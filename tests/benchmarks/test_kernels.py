@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from bq_kernels import ops
 from bq_kernels.gpu import Gpu
 from bq_kernels.triton_linear import Launch
 
-from benchmarks.packed_linear import tuning
+from benchmarks.packed_linear import quarot, tuning
 from benchmarks.packed_linear.report import comparison_table, layer_table
+from benchmarks.packed_linear.warming import WarmUp, kernels_of
 
 ROOT = Path(__file__).parents[2]
 LAUNCH_TABLE = ROOT / "kernels" / "bq_kernels" / "launch.json"
@@ -25,13 +27,15 @@ def test_kernels(run, tmp_path):
         assert ours | {"cuBLAS fp16"} <= row["times"].keys()
         assert all(0 < error < 2e-3 for name, error in row["errors"].items() if name in ours)
     # a peer that is not installed is named, not passed over
-    assert "left out: smoke smoke, Humming W2" in printed or "Humming W2" in record["rows"][0]["times"]
+    for peer in ("Humming W2", "QuaRot W4A4"):
+        assert f"left out: smoke smoke, {peer}" in printed or peer in record["rows"][0]["times"]
 
 
 @pytest.mark.slow
 def test_tuning_of_kernels(run):
     before = LAUNCH_TABLE.read_text()
-    assert "3 lines" in run("kernels.py", "tune", "--smoke")
+    # of 1 and 5 rows; where more have not been tried, the lines of before stay
+    assert "7 lines for no GPU" in run("kernels.py", "tune", "--smoke")
     assert LAUNCH_TABLE.read_text() == before
 
 
@@ -50,10 +54,36 @@ def test_kernels_want_a_gpu(start):
     assert done.returncode != 0 and "no GPU here" in done.stderr
 
 
+@pytest.mark.skipif(ops.interpreted(), reason="an interpreted kernel cannot be compiled")
+def test_kernels_are_built_ahead(gpu):
+    launches = [Launch(1, "decode", 2, 512, True), Launch(16, "gemm", block_m=16), Launch(None, "dense")]
+    found = kernels_of(WarmUp(192, 256, 64, [1, 5], launches), "cpu")
+    names = {wanted.kernel.__name__ for wanted in found}
+    assert names == {"_decode_kernel", "_gemm_kernel", "_dequantize_kernel", "_rotate_kernel"}
+    assert len(kernels_of(WarmUp(192, 256, 64, [1], [None]), "cpu")) == 3  # in blocks, full width, and no rotation
+
+
 def test_plot_without_measuring(run, tmp_path):
     printed = run("kernels.py", "plot", MEASURED, "--out", tmp_path / "kernels.png")
     assert (tmp_path / "kernels.png").stat().st_size > 0
     assert "12288 × 4096" in printed and "2.63 to 2.76" in printed
+
+
+def test_quarot_is_compiled_from_its_source(start, tmp_path):
+    command = quarot.build_command(Path("QuaRot"), Path("cutlass"), Path("q.so"), "sm_80")
+    assert "QuaRot/quarot/kernels/gemm.cu" in command and "-Icutlass/include" in command
+    assert "arch=compute_80,code=sm_80" in command
+    done = start("kernels.py", "build-quarot", tmp_path, tmp_path, "-o", tmp_path / "q.so", "--nvcc", "no-nvcc")
+    assert done.returncode == 1 and "QuaRot does not compile" in done.stderr and "no-nvcc" in done.stderr
+
+
+def test_weights_of_quarot():
+    weight = torch.tensor([[7.0, -7.0, 3.0, -1.0], [0.5, 0.25, -0.5, 0.0]])
+    packed, scales = quarot.quantize_rows(weight)
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).to(torch.int8)
+    codes = torch.where(codes > 7, codes - 16, codes)
+    assert codes.tolist() == [[7, -7, 3, -1], [7, 4, -7, 0]]  # 0.25 is 3.5 steps, rounded to even
+    assert scales.tolist() == pytest.approx([1.0, 0.5 / 7], rel=1e-3)
 
 
 def test_tables_of_a_record():

@@ -62,7 +62,7 @@ def test_serving(smoke):
     if not torch.cuda.is_available():
         assert row["weights_gib"] in (None, dense_bytes(dtype) / 2**30)
     assert row["kv_tokens"] > 0
-    assert row["latency"]["2"][0] > 0 and row["throughput"]["4"][0] > 0
+    assert row["latency"]["2"][0] > 0 and row["prefill"]["1"][0] > 0 and row["throughput"]["4"][0] > 0
     step = row["profile"]["2"]
     assert step["GEMM"] > 0 and step["attention"] > 0
     assert sum(step.values()) == pytest.approx(2 * step["step"])

@@ -160,3 +160,15 @@ def test_report_names_the_compute_dtype(checkpoint):
     run = json.loads((checkpoint / "bq_report.json").read_text())["run"]
     assert run["compute_dtype"]["forward"] == "float32"  # the tiny model's own
     assert run["compute_dtype"]["training"] in (dtype_name(torch.bfloat16), dtype_name(torch.float32))
+
+
+def test_a_text_file_needs_no_package_for_datasets(tmp_path, monkeypatch):
+    from bq_calibration.data import load_documents
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    text, rows = tmp_path / "text.txt", tmp_path / "rows.jsonl"
+    text.write_text("some words")
+    rows.write_text('{"text": "some words"}\n')
+    assert load_documents(str(text), "test") == ["some words"]
+    with pytest.raises(UserError, match="datasets"):
+        load_documents(str(rows), "test")
