@@ -136,7 +136,9 @@ def test_resume(lease, tmp_path):
 def test_ctrl_c(lease, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "GRACE", 1.0)
     child = tmp_path / "child"
-    threading.Thread(target=lambda: (wait_for(child), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
+    threading.Thread(
+        target=lambda: (wait_for(child), time.sleep(1), os.kill(os.getpid(), signal.SIGINT)), daemon=True
+    ).start()
     stopped = lease()
     with pytest.raises(KeyboardInterrupt):
         stopped.run([engine(child, 600), python("next", "pass")])
