@@ -69,7 +69,8 @@ class Plan:
 def _kernel_steps(plan: Plan) -> list[Step]:
     gpu = () if plan.rehearse else (GPU,)
     tests = ROOT / "tests" / "kernels"
-    chosen = [tests / "test_ops.py"] if plan.rehearse else ["-k", "not interpreter", tests / "test_triton.py"]
+    files = [tests / f"test_{name}.py" for name in ("triton", "dense", "int8")]
+    chosen = [tests / "test_ops.py"] if plan.rehearse else ["-k", "not interpreter", *files]
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, chosen))
     return [
         Step("tests", "kernel tests on this GPU", pytest, 90, 20, (*gpu, "pytest")),
