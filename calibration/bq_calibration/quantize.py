@@ -145,9 +145,10 @@ def round_gptq(w: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, ze
         w: float32 [N, K], in the rotated basis.
         hessian: float32 [K, K], x xᵀ summed over tokens, in the same basis.
     """
-    inverse = torch.linalg.inv(damped(hessian))
-    # upper factor U of H⁻¹ = UᵀU; row j holds how column j's error moves to the columns after it
-    factor = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+    # upper factor U of H⁻¹ = UᵀU; row j holds how column j's error moves to the columns after it. H = RRᵀ with R upper
+    # triangular, the Cholesky factor of H read backwards, so U = R⁻¹: H itself is never inverted
+    root = torch.linalg.cholesky(damped(hessian).flip(0, 1)).flip(0, 1)
+    factor = torch.linalg.solve_triangular(root, torch.eye(len(root), device=w.device), upper=True)
     pivot = factor.diagonal()
     columns = w.T.clone()
     codes, top = torch.empty_like(columns, dtype=torch.uint8), largest_code(bits)
@@ -247,15 +248,18 @@ def _solve_rows(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quantiz
         usable &= zeros.abs() < 1e4
         new_scales = torch.where(usable, new_scales, q.scales)
         new_zeros = torch.where(usable, zeros, q.zeros.float()).half()
-    solved = Quantized(q.codes, new_scales, new_zeros, q.bits)
-
-    def error(candidate):
-        delta = candidate.weight() - w
-        return ((delta @ hessian) * delta).sum(1, keepdim=True)
-
-    better = error(solved) < error(q)
+    # of the error sᵀ·normal·s − 2·sᵀ·target + const, the change from old to new coefficients; no product with H again
+    new, old = (_coefficients(*pair, middle) for pair in ((new_scales, new_zeros), (q.scales, q.zeros)))
+    change = ((new - old) * (torch.einsum("nij,nj->ni", normal, new + old) - 2 * target)).sum(1, keepdim=True)
+    better = change < 0
     zeros = None if q.zeros is None else torch.where(better, new_zeros, q.zeros)
     return Quantized(q.codes, torch.where(better, new_scales, q.scales), zeros, q.bits)
+
+
+def _coefficients(scales: torch.Tensor, zeros: torch.Tensor | None, middle: float) -> torch.Tensor:
+    """What multiplies centred codes, and with float zeros the ones, in every group of a row: [N, groups or twice]."""
+    scales = scales.float()
+    return scales if zeros is None else torch.cat([scales, scales * (middle - zeros.float())], 1)
 
 
 def output_error(w: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:

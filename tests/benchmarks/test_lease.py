@@ -133,7 +133,15 @@ def test_resume(lease, tmp_path):
     assert not result.exists() and "c" not in second.outcomes
 
 
-def test_ctrl_c(lease, tmp_path, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where a shell has started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c(lease, tmp_path, monkeypatch, interruptible):
     monkeypatch.setattr(processes, "GRACE", 1.0)
     child = tmp_path / "child"
     threading.Thread(
@@ -163,7 +171,7 @@ def test_the_plugin_is_found_without_an_installation(tmp_path, monkeypatch):
 
 
 def test_launches_of_an_earlier_lease_are_used(tmp_path):
-    table, line = tmp_path / "project" / "launch.json", {"max_rows": None, "kernel": "dense"}
+    table, line = tmp_path / "project" / "launch.json", {"max_rows": None, "kernel": "dense", "fuse": False}
     table.parent.mkdir()
     table.write_text(json.dumps({"sm90": [line]}))
     runner.restore_launches(tmp_path, table)
