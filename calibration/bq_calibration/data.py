@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from itertools import zip_longest
 from pathlib import Path
@@ -60,10 +61,18 @@ def check_length(config, length: int, flag: str) -> None:
 
 
 def _load(*arguments: Any, **options: Any) -> Any:
-    """`datasets.load_dataset`; a .txt file does without that package."""
-    from datasets import load_dataset
+    """`datasets.load_dataset` without its bars and log lines; a .txt file does without that package."""
+    import datasets
 
-    return load_dataset(*arguments, **options)
+    level, silent = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # of a damaged file it logs a traceback, and raises as well
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(*arguments, **options)
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not silent:
+            datasets.enable_progress_bars()
 
 
 def load_documents(dataset: str, split: str) -> list[str]:
@@ -110,7 +119,8 @@ def load_documents(dataset: str, split: str) -> list[str]:
         raise
     except Exception as error:
         hint = " (an empty or damaged file?)" if path.is_file() else "; without a network, give a local file"
-        raise UserError(f"{dataset}: cannot be read: {error}{hint}") from error
+        words = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"{dataset}: cannot be read: {words[:300]}{hint}") from error
     documents = [document for document in documents if document and document.strip()]
     if not documents:
         raise UserError(f"{dataset}: the file is empty; calibration and evaluation need text")
