@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from bq_kernels.checksums import compare_for_loading, read_header
 from bq_kernels.format import QUANT_METHOD, FormatError, QuantConfig
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 
@@ -30,6 +32,20 @@ def check_shards(directory: Path) -> None:
     for path in sorted(directory.glob("*.safetensors")):
         read_header(path)
     compare_for_loading(directory)
+
+
+def check_cached(repo: str, revision: str | None) -> None:
+    """Refuse damaged files of a Hub model that an earlier start has downloaded; what is not there yet is left to vLLM.
+
+    Raises:
+        FormatError: naming the file, and the tensor where that can be told.
+    """
+    try:
+        config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    except HFValidationError:  # no name of a Hub model: vLLM says so
+        return
+    if isinstance(config, str):
+        compare_for_loading(Path(config).parent)
 
 
 class ButterflyConfig(QuantizationConfig):
@@ -70,9 +86,12 @@ class ButterflyConfig(QuantizationConfig):
         """
         return cls(QuantConfig.from_dict(config))
 
-    def maybe_update_config(self, model_name: str, *args, **kwargs) -> None:
+    def maybe_update_config(self, model_name: str, *args, revision: str | None = None, **kwargs) -> None:
         """Refuse damaged files by name; vLLM calls this first with the checkpoint known, and nothing is updated."""
-        check_shards(Path(model_name))
+        if Path(model_name).is_dir():
+            check_shards(Path(model_name))
+        else:
+            check_cached(model_name, revision)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Rename the modules that the config names as vLLM renames those of the model."""

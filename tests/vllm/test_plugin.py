@@ -147,6 +147,32 @@ def test_changed_bit_is_refused(config, tmp_path, monkeypatch, name):
     config().maybe_update_config(str(tmp_path))
 
 
+def test_changed_bit_in_the_cache_of_the_hub_is_refused(config, tmp_path, monkeypatch):
+    for variable in ("BQ_VERIFY", "_BQ_VERIFIED"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit, repo = "0" * 40, tmp_path / "models--some--model"
+    snapshot = repo / "snapshots" / commit
+    for folder in (snapshot, repo / "refs", repo / "blobs"):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    tiny.write_checkpoint(snapshot)
+    write_sums(snapshot)
+    weights, blob = snapshot / "model.safetensors", repo / "blobs" / "weights"
+    weights.rename(blob)
+    config().maybe_update_config("some/model")  # weights that are not downloaded yet are left to vLLM
+    weights.symlink_to(blob)
+    for revision in (None, "main", commit):
+        config().maybe_update_config("some/model", revision=revision)
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    for revision in (None, commit):
+        with pytest.raises(FormatError, match=r"model\.safetensors: .*differs"):
+            config().maybe_update_config("some/model", hf_config=None, revision=revision)
+    for elsewhere in ("other/model", "no name/of a/model"):
+        config().maybe_update_config(elsewhere)
+
+
 def test_methods_of_layers(config, linear):
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
