@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from bq_kernels.checksums import compare_for_loading, read_header
 from bq_kernels.format import QUANT_METHOD, FormatError, QuantConfig
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.transformers_utils.repo_utils import try_get_local_file
 
 
 def check_shards(directory: Path) -> None:
@@ -40,12 +39,9 @@ def check_cached(repo: str, revision: str | None) -> None:
     Raises:
         FormatError: naming the file, and the tensor where that can be told.
     """
-    try:
-        config = try_to_load_from_cache(repo, "config.json", revision=revision)
-    except HFValidationError:  # no name of a Hub model: vLLM says so
-        return
-    if isinstance(config, str):
-        compare_for_loading(Path(config).parent)
+    config = try_get_local_file(repo, "config.json", revision)
+    if isinstance(config, Path):
+        compare_for_loading(config.parent)
 
 
 class ButterflyConfig(QuantizationConfig):
