@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from . import ops, reference
-from .activations import rotate_to_int8, rounds_activations
-from .tiles import tile
+from .activations import from_int8, rotate_to_int8, rounds_activations
+from .tiles import tile, unit_of
 
 
 class PreparedWeights(NamedTuple):
@@ -83,8 +83,8 @@ def prepared_linear(
         return ops.packed_linear(x, qweight, scales, zeros, bias, out_features, cos_sin, mix, activation_bits)
     rows = x.reshape(-1, x.shape[-1])
     if rounds_activations(len(rows), activation_bits):
-        codes, scales_of_tokens = rotate_to_int8(rows, cos_sin, mix)
-        y = reference.packed_linear(codes * scales_of_tokens, qweight, scales, zeros, bias)
+        int8 = rotate_to_int8(rows, cos_sin, mix, unit_of(x.shape[-1] // scales.shape[1]))
+        y = reference.packed_linear(from_int8(*int8), qweight, scales, zeros, bias)
         return y.to(x.dtype).view(*x.shape[:-1], out_features)
     if cos_sin is not None:
         x = reference.apply_rotation(x, cos_sin, mix)

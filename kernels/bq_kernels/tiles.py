@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .activations import rotate_to_int8, rounds_activations
+from .activations import from_int8, rotate_to_int8, rounds_activations
 from .format import largest_code
 from .packing import pack, unpack
 from .reference import apply_rotation, layout_of, levels, undo_rotation
@@ -71,6 +71,11 @@ def untile_codes(tiles: torch.Tensor, in_features: int, out_features: int) -> to
         low += width
     codes = codes.unflatten(-1, (TILE_N, TILE_K)).transpose(1, 2).reshape(n_tiles * TILE_N, k_tiles * TILE_K)
     return codes[:out_features, :in_features]
+
+
+def unit_of(group_size: int) -> int:
+    """Columns per matrix product: they lie in one tile and in one group, so they share a scale per output."""
+    return min(group_size & -group_size, TILE_K)
 
 
 def tile_bits(tiles: torch.Tensor) -> int:
@@ -144,7 +149,8 @@ def int8_linear(
     """y = W′ x + bias for rotated tokens in int8; float32 inside.
 
     Args:
-        x, x_scales: int8 [M, K] and float32 [M, 1], from `activations.rotate_to_int8`.
+        x, x_scales: int8 [M, K] and float32 [K/unit, M], from `activations.rotate_to_int8`; the unit is that of
+            `unit_of`.
         tiles, scales, zeros: from `tile`.
         bias: [N] or None.
         out_features: N.
@@ -153,8 +159,8 @@ def int8_linear(
     Returns:
         [M, N] in `dtype`.
     """
-    y = F.linear(x.float(), dequantize(tiles, scales, zeros, x.shape[1], out_features, torch.float32)) * x_scales
-    return (y if bias is None else y + bias.float()).to(dtype)
+    weight = dequantize(tiles, scales, zeros, x.shape[1], out_features, torch.float32)
+    return F.linear(from_int8(x, x_scales), weight, None if bias is None else bias.float()).to(dtype)
 
 
 def tiled_linear(
@@ -183,7 +189,8 @@ def tiled_linear(
     """
     rows = x.reshape(-1, x.shape[-1])
     if rounds_activations(len(rows), activation_bits):
-        y = int8_linear(*rotate_to_int8(rows, cos_sin, mix), tiles, scales, zeros, bias, out_features, x.dtype)
+        int8 = rotate_to_int8(rows, cos_sin, mix, unit_of(x.shape[-1] // scales.shape[0]))
+        y = int8_linear(*int8, tiles, scales, zeros, bias, out_features, x.dtype)
         return y.view(*x.shape[:-1], out_features)
     if cos_sin is not None:
         x = apply_rotation(x, cos_sin, mix)

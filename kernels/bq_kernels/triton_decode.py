@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
+from .tiles import unit_of
 from .triton_rotate import butterfly
 from .triton_unpack import (
     TILE_K,
@@ -22,7 +23,6 @@ from .triton_unpack import (
     midrise,
     operands,
     split_words,
-    unit_of,
 )
 
 

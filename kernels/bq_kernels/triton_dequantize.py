@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .gpu import gpu_of
 from .tiles import TILE_K as _TILE_K
-from .tiles import tile_bits
+from .tiles import tile_bits, unit_of
 from .triton_rotate import butterfly, mix_runs, single_pass_config
 from .triton_unpack import (
     TILE_K,
@@ -28,7 +28,6 @@ from .triton_unpack import (
     midrise,
     operands,
     split_words,
-    unit_of,
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tiles import unit_of
 from .triton_unpack import (
     TILE_K,
     TILE_N,
@@ -14,7 +15,6 @@ from .triton_unpack import (
     midrise,
     operands,
     split_words,
-    unit_of,
 )
 
 

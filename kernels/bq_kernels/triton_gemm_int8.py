@@ -1,14 +1,14 @@
 """The packed linear for a prefill with int8 activations: codes become int8 in the main loop, sums are int32.
 
-    y = scale_x · Σ_groups s/2 · (Σ (2q − (2^bits − 1)) x − 2 (z − z₀) Σ x) + bias,    z₀ the mid-rise zero point
+    y = Σ_units scale_x · s/2 · (Σ (2q − (2^bits − 1)) x − 2 (z − z₀) Σ x) + bias,    z₀ the mid-rise zero point
 
 Doubled, mid-rise levels are odd integers. A product over the columns of a unit (up to 128, in one group) is exact in
-int32; the group's scale meets it in float32, the token's scale at the end.
+int32; the scales of the group and of the token's unit meet it in float32.
 
-No GPU has timed it. With 2 bits and groups of 128, the loop for sm_90 has 527 instructions per thread for a product of
-64 outputs, 256 tokens and 128 columns (Triton 3.9): 1,054 cycles of issue, where the tensor cores need about 500. So it
-should be bound by instructions, near 0.6 ms for 8192² and 4,096 tokens. Most are bytes on their way through shared
-memory, since codes lie in the order that 16-bit operands need.
+No GPU has timed it. With 2 bits and groups of 128, the loop for sm_90 has 645 instructions per thread for a product of
+64 outputs, 256 tokens and 128 columns (Triton 3.9): 1,290 cycles of issue, where the tensor cores need about 500. So it
+should be bound by instructions, near 0.73 ms for 8192² and 4,096 tokens. 192 of them turn sums into float32, scale and
+add them; many others carry bytes through shared memory, since codes lie in the order that 16-bit operands need.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .gpu import gpu_of, nearest_capability
-from .tiles import tile_bits
+from .tiles import tile_bits, unit_of
 from .triton_unpack import (
     TILE_K,
     TILE_N,
@@ -27,11 +27,11 @@ from .triton_unpack import (
     midrise,
     operands,
     split_words,
-    unit_of,
 )
 
-# By capability: tokens and tiles of 64 outputs per program, loads in flight, warps. They fit registers and shared
-# memory; no GPU has run them
+# By capability: tokens and tiles of 64 outputs per program, loads in flight, warps. They fit shared memory, and but for
+# a few bytes per thread registers: 8 to 64 spill with 4 bits and groups of 32 or 64 on sm_90, 8 with 3 bits and groups
+# of 64 on sm_80. No GPU has run them
 LAUNCHES = {
     "sm90": {"BLOCK_M": 256, "TILES": 1, "STAGES": 3, "num_warps": 8},
     "sm80": {"BLOCK_M": 64, "TILES": 1, "STAGES": 3, "num_warps": 4},
@@ -42,7 +42,7 @@ LAUNCHES = {
 @triton.jit
 def _gemm_int8_kernel(
     x_ptr,
-    x_scales_ptr,
+    x_scales_ptr,  # [K / UNIT, M]
     tiles_ptr,
     scales_ptr,
     zeros_ptr,  # None: mid-rise levels
@@ -52,7 +52,7 @@ def _gemm_int8_kernel(
     K,
     N,
     BITS: tl.constexpr,
-    UNIT: tl.constexpr,  # columns per tl.dot; they share a scale
+    UNIT: tl.constexpr,  # columns per tl.dot; they share a scale, of a token as of an output
     UNITS_PER_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILES: tl.constexpr,  # tiles of 64 outputs per program
@@ -67,7 +67,8 @@ def _gemm_int8_kernel(
     stride_sg = n_tiles * TILE_N  # of scales and zeros, from group to group
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    offs_token = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = offs_token[:, None]
     stride_tn = k_tiles.to(tl.int64) * (WORDS_PER_BIT * BITS)  # of tiles, from row to row of them
     tile_ptr = tiles_ptr + pid_n * TILES * stride_tn
     mask_tiles = pid_n * TILES + tl.arange(0, TILES)[:, None] < n_tiles
@@ -84,7 +85,8 @@ def _gemm_int8_kernel(
             offs_k = start_k + tl.arange(0, UNIT)[None, :]
             x = tl.load(x_ptr + offs_m * K + offs_k, mask=(offs_m < M) & (offs_k < K), other=0)
             # the last tile may hold fewer columns than units
-            offs_g = tl.minimum(start_k, K - 1) // (UNIT * UNITS_PER_GROUP) * stride_sg
+            unit = tl.minimum(start_k, K - 1) // UNIT
+            offs_g = unit // UNITS_PER_GROUP * stride_sg
             scale = tl.load(scales_ptr + offs_g + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             weight = operands(words, u * PAIRS, PAIRS, BITS, tl.int8)
             products = tl.dot(weight, tl.trans(x), out_dtype=tl.int32).to(tl.float32)
@@ -92,9 +94,10 @@ def _gemm_int8_kernel(
                 zero = tl.load(zeros_ptr + offs_g + offs_n, mask=mask_n, other=0.0).to(tl.float32) - midrise(BITS)
                 x_sum = tl.sum(x.to(tl.int32), axis=1).to(tl.float32)
                 products -= 2 * zero[:, None] * x_sum[None, :]
-            acc += products * scale[:, None]
-    x_scale = tl.load(x_scales_ptr + offs_m, mask=offs_m < M, other=0.0)
-    out = tl.trans(acc) * (0.5 * x_scale)  # levels are doubled
+            # here and not before the product: registers are short while it runs
+            x_scale = tl.load(x_scales_ptr + unit.to(tl.int64) * M + offs_token, mask=offs_token < M, other=0.0)
+            acc += products * scale[:, None] * x_scale[None, :]
+    out = tl.trans(acc) * 0.5  # levels are doubled
     if bias_ptr is not None:
         out += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + offs_m * N + offs_n[None, :]

@@ -38,13 +38,12 @@ from . import triton_decode, triton_gemm, triton_mma
 from .activations import rounds_activations
 from .format import GROUP_MULTIPLE
 from .gpu import Gpu, gpu_of, nearest_capability
-from .tiles import TILE_N, tile_bits
+from .tiles import TILE_N, tile_bits, unit_of
 from .triton_arrange import fuses, rotate_and_arrange
 from .triton_dequantize import dequantize, fits_tile
 from .triton_gemm_int8 import int8_linear
 from .triton_rotate import apply_rotation
 from .triton_rotate_int8 import rotate_to_int8
-from .triton_unpack import unit_of
 
 LAUNCH_TABLE = Path(__file__).with_name("launch.json")
 NOT_MEASURED = ", not measured"  # ends the name of an entry whose lines no GPU has run
@@ -263,8 +262,8 @@ def packed_linear(
         raise ValueError(f"the kernels need groups of a multiple of {GROUP_MULTIPLE} columns, not {group_size}")
     gpu = gpu_of(x)
     if rounds_activations(x.shape[0], activation_bits) and launch is None:
-        packed = (tiles, scales, zeros, bias, out_features)
-        return int8_linear(*rotate_to_int8(x, cos_sin, mix), *packed, x.dtype).view(shape)
+        int8 = rotate_to_int8(x, cos_sin, mix, unit_of(group_size))
+        return int8_linear(*int8, tiles, scales, zeros, bias, out_features, x.dtype).view(shape)
     launch = launch or choose(gpu, x.shape[0])
     if x.dtype == torch.float32 and x.is_cuda:  # the matrix units do not take it
         launch = Launch(None, "dense")

@@ -17,8 +17,8 @@ from . import ptx
 from .gpu import Gpu
 from .operands import EXACT_EXPONENT, EXPONENT, PAIRS, ROWS_PER_MMA
 from .tiles import TILE_K as _TILE_K
-from .tiles import TILE_N, WORDS_PER_BIT
-from .triton_unpack import TILE_K, unit_of
+from .tiles import TILE_N, WORDS_PER_BIT, unit_of
+from .triton_unpack import TILE_K
 
 STRIPS_PER_TILE = TILE_N // 16
 TILE_BYTES_PER_BIT = tl.constexpr(4 * WORDS_PER_BIT)

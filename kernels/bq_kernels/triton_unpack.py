@@ -19,11 +19,6 @@ WORDS_PER_BIT = tl.constexpr(_WORDS_PER_BIT)
 _MIDRISE = {bits: midrise_zero(bits) for bits in _BITS}  # compile-time functions cannot call others
 
 
-def unit_of(group_size: int) -> int:
-    """Columns per matrix product: they lie in one tile and in one group, so they share a scale per output."""
-    return min(group_size & -group_size, _TILE_K)
-
-
 @triton.constexpr_function
 def midrise(bits):
     """The mid-rise zero point z₀; operands are centred on it."""

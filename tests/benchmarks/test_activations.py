@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from bq_calibration.hf import ButterflyLinear
-from bq_kernels.activations import rotate_to_int8
+from bq_kernels.activations import from_int8, rotate_to_int8
 from torch import nn
 
 from benchmarks.activation_rounding import cli
@@ -27,15 +27,15 @@ def test_layer(kind):
     layer, x = RoundingLinear(packed), torch.randn(2, 5, columns)
     exact = packed(x)
     torch.testing.assert_close(layer(x), exact)
-    layer.place = PLACES[2]
+    layer.place, layer.columns = PLACES[2], quant.group_size
     packed(x)  # prepares the tables
     tables = packed._weights.cos_sin, packed._weights.mix
-    codes, scales = rotate_to_int8(x.flatten(0, 1), *tables)
-    want = ((codes * scales) @ layer.weight.T).view_as(exact)
+    codes, scales = rotate_to_int8(x.flatten(0, 1), *tables, quant.group_size)
+    want = (from_int8(codes, scales) @ layer.weight.T).view_as(exact)
     # a code may fall to the other side of a rounding
     torch.testing.assert_close(layer(x), want, rtol=0, atol=float(scales.max() * layer.weight.abs().max() * 2))
     assert 1e-4 < (layer(x) - exact).norm() / exact.norm() < 3e-2
-    layer.place = PLACES[1]
+    layer.place, layer.columns = PLACES[1], None
     assert torch.equal(layer(x), packed_like(layer, rounded(x, None)))
 
 

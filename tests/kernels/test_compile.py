@@ -212,16 +212,22 @@ def test_dequantize(bits, group, float_zero, dtype, block_size, target, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("features", "block_size", "dtype", "target"),
-    on_targets((8192, 128, HALF), (11008, 128, BRAIN), (8192, 8192, HALF), (28672, 64, HALF), (11008, 11008, HALF)),
+    ("features", "block_size", "unit", "dtype", "target"),
+    on_targets(
+        (8192, 128, 128, HALF),
+        (11008, 128, 32, BRAIN),
+        (8192, 8192, 128, HALF),
+        (28672, 64, 128, HALF),
+        (11008, 11008, 64, HALF),
+    ),
 )
-def test_rotate_to_int8(features, block_size, dtype, target, monkeypatch, tmp_path):
+def test_rotate_to_int8(features, block_size, unit, dtype, target, monkeypatch, tmp_path):
     k, m = split_block(block_size)
     blocks = features // block_size
     tables = meta(blocks, 2, k, block_size // 2, dtype=torch.float32), meta(blocks, m, m, dtype=torch.float32)
     module, x = triton_rotate_int8, meta(2048, features, dtype=dtype)
-    launches = record(monkeypatch, target, module, "_rotate_to_int8_kernel", module, "rotate_to_int8", x, *tables)
-    [launch] = launches
+    arguments = x, *tables, unit
+    [launch] = record(monkeypatch, target, module, "_rotate_to_int8_kernel", module, "rotate_to_int8", *arguments)
     inspect(*launch, target, tmp_path)
 
 
@@ -230,7 +236,7 @@ def test_rotate_to_int8(features, block_size, dtype, target, monkeypatch, tmp_pa
     on_targets((2, 128, False), (2, 64, False), (2, 128, True), (3, 32, False), (4, 128, False)),
 )
 def test_gemm_int8(bits, group, float_zero, target, monkeypatch, tmp_path):
-    x, x_scales = meta(2048, FEATURES, dtype=torch.int8), meta(2048, 1, dtype=torch.float32)
+    x, x_scales = meta(2048, FEATURES, dtype=torch.int8), meta(FEATURES // group, 2048, dtype=torch.float32)
     arguments = x, x_scales, *layer(bits, group, float_zero), None, FEATURES, HALF
     module = triton_gemm_int8
     [launch] = record(monkeypatch, target, module, "_gemm_int8_kernel", module, "int8_linear", *arguments)

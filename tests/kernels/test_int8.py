@@ -25,22 +25,35 @@ EPS = torch.finfo(FLOAT).eps
 HALF_STEP = 0.5 + 3 * activations.LARGEST_INT8 * EPS  # a code's error, with three roundings before it
 
 
-def rotate_kernel(x, cos_sin, mix):
-    """Codes and scales side by side, float32: the fixture hands one tensor back."""
+def side_by_side(codes, scales):
+    """Codes and scales as one tensor, float32 [M, K + K/unit]: the fixture hands one tensor back."""
+    return torch.cat([codes.float(), scales.T], dim=1)
+
+
+def rotate_kernel(x, cos_sin, mix, unit):
     x = x.float() if x.dtype == BRAIN and not x.is_cuda else x
-    return torch.cat([part.float() for part in triton_rotate_int8.rotate_to_int8(x, cos_sin, mix)], dim=1)
+    return side_by_side(*triton_rotate_int8.rotate_to_int8(x, cos_sin, mix, unit))
 
 
-def check_rotate(call, x, block):  # noqa: F811
-    """Both sides are within half a scale of Q x, and the largest magnitude is met exactly but for float32."""
+def rotated_both(call, x, tables, unit):  # noqa: F811
+    """int8 codes [M, K] and scales [K/unit, M] of the kernel and of plain torch."""
+    for found in (call(rotate_kernel, x, *tables, unit), side_by_side(*activations.rotate_to_int8(x, *tables, unit))):
+        codes, scales = found.split([x.shape[1], x.shape[1] // unit], dim=1)
+        yield codes.to(torch.int8), scales.T.contiguous()
+
+
+def check_rotate(call, x, block, unit):  # noqa: F811
+    """Both sides are within half a scale of Q x, and every unit's largest magnitude is met but for float32."""
     features = x.shape[1]
     tables = random_tables(features // block, block) if block else (None, None)
     want = (reference.apply_rotation(x.float(), *tables) if block else x.float()).double()
     roundings = 2 * (3 * tables[0].shape[2] + tables[1].shape[-1] + 1) if block else 0
-    norm = x.double().norm(dim=1, keepdim=True)
-    largest = want.abs().amax(1, keepdim=True)
-    for found in (call(rotate_kernel, x, *tables), torch.cat(activations.rotate_to_int8(x, *tables), dim=1)):
-        codes, scales = found.double().split([features, 1], dim=1)
+    norm = x.double().norm(dim=1).view(-1, 1, 1)
+    want = want.unflatten(1, (-1, unit))
+    largest = want.abs().amax(2, keepdim=True)
+    for codes, scales in rotated_both(call, x, tables, unit):
+        assert (codes.shape, scales.shape) == (x.shape, (features // unit, len(x)))
+        codes, scales = codes.double().view_as(want), scales.double().T[..., None]
         assert codes.abs().max() <= activations.LARGEST_INT8
         assert ((scales * activations.LARGEST_INT8 - largest).abs() <= roundings * EPS * norm + 2 * EPS * largest).all()
         off = (codes * scales - want).abs()
@@ -49,40 +62,65 @@ def check_rotate(call, x, block):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, FLOAT])
 @pytest.mark.parametrize(
-    ("rows", "features", "block"),
-    [(1, 32, None), (5, 192, 64), (3, 192, 96), (2, 576, 576), (33, 128, 128), (7, 160, 32), (3, 96, 1)],
+    ("rows", "features", "block", "unit"),
+    [
+        (1, 32, None, 32),
+        (5, 192, None, 64),
+        (5, 192, 64, 64),
+        (5, 256, 128, 32),  # several units in a block
+        (19, 384, 32, 128),  # several blocks in a unit
+        (3, 192, 96, 32),
+        (3, 192, 96, 64),  # a unit in two blocks, neither of them a power of two
+        (3, 96, 3, 32),
+        (2, 576, 576, 64),
+        (33, 128, 128, 128),
+        (7, 160, 32, 32),
+        (3, 96, 1, 32),
+    ],
 )
-def test_rotate_to_int8(call, rows, features, block, dtype):  # noqa: F811
-    check_rotate(call, torch.randn(rows, features).to(dtype), block)
+def test_rotate_to_int8(call, rows, features, block, unit, dtype):  # noqa: F811
+    check_rotate(call, torch.randn(rows, features).to(dtype), block, unit)
 
 
-@pytest.mark.parametrize(("features", "block"), [(8192, 8192), (11008, 128), (17408, 512), (17408, 1088)])
-def test_rotate_wide_tokens(call, features, block):  # noqa: F811
-    """In registers as a whole, and a chunk at a time, the last one not full."""
-    check_rotate(call, torch.randn(2, features).half(), block)
+@pytest.mark.parametrize(
+    ("features", "block", "unit"), [(8192, 8192, 128), (11008, 11008, 64), (17408, 512, 128), (17408, 1088, 32)]
+)
+def test_rotate_wide_tokens(call, features, block, unit):  # noqa: F811
+    check_rotate(call, torch.randn(2, features).half(), block, unit)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-7, 1e-3, 6e4])
 def test_rotate_extremes(call, factor):  # noqa: F811
-    check_rotate(call, (torch.randn(4, 192).clamp(-1, 1) * factor).half(), 64)
+    check_rotate(call, (torch.randn(4, 192).clamp(-1, 1) * factor).half(), 64, 32)
+
+
+def test_an_outlier_costs_only_its_unit(call):  # noqa: F811
+    x = torch.rand(3, 128).half()
+    x[1, 70] = 1000
+    for _, scales in rotated_both(call, x, (None, None), 32):
+        assert (scales > 2 / activations.LARGEST_INT8).nonzero().tolist() == [[2, 1]]
 
 
 def test_rotate_strided(call):  # noqa: F811
     for x in strided(192, HALF):
         if x.dim() == 2:
-            check_rotate(call, x, 96)
+            check_rotate(call, x, 96, 32)
+            check_rotate(call, x, 96, 64)
 
 
 def test_tokens_that_are_not_finite(call):  # noqa: F811
     """A token with NaN or infinity ends in numbers that are not finite; the others do not change."""
     x, tables = torch.randn(4, 128).half(), random_tables(2, 64)
-    x[1, 5], x[2, 7] = float("nan"), float("inf")
-    packed = random_layer(9, 128, 2, 32, False)[3]
-    for found in (call(rotate_kernel, x, *tables), torch.cat(activations.rotate_to_int8(x, *tables), dim=1)):
-        assert found[:, -1].isfinite().tolist() == [True, False, False, True]
-        y = tiles.int8_linear(found[:, :-1].to(torch.int8), found[:, -1:].contiguous(), *packed, None, 9, FLOAT)
-        assert y.isfinite().all(1).tolist() == [True, False, False, True]
-        assert not y[1:3].isfinite().any()
+    x[1, 5], x[2, 127] = float("nan"), float("inf")
+    for float_zero in (False, True):
+        packed = random_layer(9, 128, 2, 32, float_zero)[3]
+        for codes, scales in rotated_both(call, x, tables, 32):
+            # a rotation block is two units
+            finite = [[True, False, True, True]] * 2 + [[True, True, False, True]] * 2
+            assert scales.isfinite().tolist() == finite
+            arguments = codes, scales, *packed, None, 9, FLOAT
+            for y in (call(gemm_kernel, *arguments), tiles.int8_linear(*arguments)):
+                assert y[[0, 3]].isfinite().all() and not y[1:3].isfinite().any()
 
 
 def gemm_kernel(x, *arguments):
@@ -95,14 +133,16 @@ def gemm_kernel(x, *arguments):
 def check_gemm(call, rows, out_features, in_features, bits, group, float_zero, dtype=HALF, bias=False):  # noqa: F811
     codes, scales, zeros, packed = random_layer(out_features, in_features, bits, group, float_zero)
     x = torch.randint(-127, 128, (rows, in_features), dtype=torch.int8)
-    x_scales = torch.rand(rows, 1) / 127
+    unit = tiles.unit_of(group)
+    x_scales = torch.rand(in_features // unit, rows) / 127
     bias = torch.randn(out_features).to(dtype) if bias else None
     centre = (2**bits - 1) / 2
     zero = torch.tensor(centre) if zeros is None else zeros.double().repeat_interleave(group, dim=1)
     step = scales.double().repeat_interleave(group, dim=1)
-    want = (x.double() @ (step * (codes - zero)).T) * x_scales.double()
+    exact = x.double() * x_scales.double().T.repeat_interleave(unit, dim=1)
+    want = exact @ (step * (codes - zero)).T
     # int32 sums are exact; what is left are float32 roundings, at most one per term
-    terms = (x.double().abs() @ (step * ((codes - centre).abs() + (zero - centre).abs())).T) * x_scales.double()
+    terms = exact.abs() @ (step * ((codes - centre).abs() + (zero - centre).abs())).T
     if bias is not None:
         want, terms = want + bias.double(), terms + bias.double().abs()
     arguments = x, x_scales, *packed, bias, out_features, dtype
@@ -120,7 +160,15 @@ def test_gemm(call, bits, float_zero, dtype):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("rows", "out_features", "in_features", "group"),
-    [(1, 1, 32, 32), (70, 33, 576, 96), (130, 129, 256, 128), (3, 64, 512, 256), (9, 65, 160, 160), (3, 33, 384, 192)],
+    [
+        (1, 1, 32, 32),
+        (70, 33, 576, 96),
+        (130, 129, 256, 128),
+        (3, 64, 512, 256),
+        (9, 65, 160, 160),
+        (3, 33, 384, 192),
+        (300, 3, 384, 384),  # more tokens than a program takes, one group a row
+    ],
 )
 def test_gemm_shapes(call, rows, out_features, in_features, group):  # noqa: F811
     check_gemm(call, rows, out_features, in_features, 3, group, True)
@@ -140,7 +188,7 @@ def test_prefill_rounds_and_decode_does_not(call, block):  # noqa: F811
     x = torch.randn(2, DECODE_ROWS // 2 + 1, in_features).half()
     few = x[0]
     arguments = *tiled[:3], None, out_features, *tables
-    codes, x_scales = activations.rotate_to_int8(x.flatten(0, 1), *tables)
+    codes, x_scales = activations.rotate_to_int8(x.flatten(0, 1), *tables, 64)
     want = tiles.int8_linear(codes, x_scales, *arguments[:5], HALF).view(2, -1, out_features)
     exact = tiles.tiled_linear(x, *arguments)
     assert (want - exact).abs().max() > 0.04
