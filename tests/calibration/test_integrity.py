@@ -341,7 +341,14 @@ def multimodal(tmp_path_factory, text) -> Path:
 LOAD = "from transformers import AutoModelForCausalLM as A; A.from_pretrained({!r}{})"
 
 
-@pytest.mark.parametrize("arguments", ["", ", dtype='auto'", ", trust_remote_code=True, use_safetensors=True"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        pytest.param(", dtype='auto'", marks=pytest.mark.slow),  # each is a process that imports transformers
+        pytest.param(", trust_remote_code=True, use_safetensors=True", marks=pytest.mark.slow),
+    ],
+)
 def test_transformers_without_the_import_refuses(checkpoint, arguments):
     """Rather than random weights; the error names the remedy."""
     result = in_a_fresh_process(LOAD.format(str(checkpoint), arguments))
@@ -349,7 +356,14 @@ def test_transformers_without_the_import_refuses(checkpoint, arguments):
     assert "need `import bq_calibration.hf` (of bq-vllm) before from_pretrained" in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("loader", ["AutoModelForImageTextToText", "AutoModelForCausalLM", "Gemma3ForCausalLM"])
+@pytest.mark.parametrize(
+    "loader",
+    [
+        "AutoModelForImageTextToText",
+        pytest.param("AutoModelForCausalLM", marks=pytest.mark.slow),
+        pytest.param("Gemma3ForCausalLM", marks=pytest.mark.slow),
+    ],
+)
 def test_a_multimodal_model_without_the_import_is_refused(multimodal, loader):
     result = in_a_fresh_process(f"from transformers import {loader} as A; A.from_pretrained({str(multimodal)!r})")
     assert result.returncode == 1
