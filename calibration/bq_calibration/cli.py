@@ -46,7 +46,8 @@ def _run(command: Callable[..., None]) -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        stderr.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        words = " ".join(str(error).splitlines())  # a library's own words may take several lines
+        stderr.print(f"error: {words}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

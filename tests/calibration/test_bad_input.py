@@ -183,6 +183,21 @@ def test_no_model_there(command, tmp_path, text):
     assert result.returncode == 1 and "no config.json" in result.stderr
 
 
+def test_model_that_the_hub_does_not_give(command, tmp_path, text, monkeypatch):
+    """The library's own words have several lines; the error has one."""
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise OSError("no connection\nPlease check it.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    result = command("calibrate", "org/name", "-o", tmp_path / "out", "--dataset", text, *FLAGS)
+    lines = result.stderr.splitlines()
+    assert (
+        result.returncode == 1 and lines[-1].startswith("error: org/name: no such folder") and "check it" in lines[-1]
+    )
+
+
 def test_model_already_quantized(command, tmp_path, checkpoint, text):
     result = command("calibrate", checkpoint, "-o", tmp_path / "out", "--dataset", text, *FLAGS)
     assert result.returncode == 1 and "already quantized (butterfly)" in result.stderr
