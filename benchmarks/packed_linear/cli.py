@@ -52,6 +52,11 @@ def _device(smoke: bool) -> str:
     return "cpu"
 
 
+def _layers_of(models: str) -> dict[str, tuple[int, int]]:
+    """Shapes [out_features, in_features] by name, of models that commas separate."""
+    return {f"{model} {name}": shape for model in models.split(",") for name, shape in SHAPES[model].items()}
+
+
 @app.command()
 def run(
     shapes: Annotated[str, typer.Option(help="Models, comma-separated.")] = "square,llama2-70b,llama2-7b,llama2-13b",
@@ -70,7 +75,7 @@ def run(
     ceilings = measure_ceilings(device)
     speeds = f"copy {ceilings.bandwidth / 1e9:.0f} GB/s, fp16 {ceilings.operations / 1e12:.0f} TFLOP/s"
     console.print(f"{environment()}\n{speeds}")
-    layers = {f"{model} {name}": shape for model in shapes.split(",") for name, shape in SHAPES[model].items()}
+    layers = _layers_of(shapes)
     counts = [int(count) for count in rows.split(",")]
     build_kernels([WarmUp(*shape, group, counts, [None]) for shape in layers.values()], console)
     measurement = Measurement(ceilings, deadline)
@@ -128,7 +133,7 @@ def measure_errors(
     device, deadline = _device(smoke), time.monotonic() + 60 * minutes
     if smoke:
         shapes, rows = "smoke", "1,5,20"
-    layers = {f"{model} {name}": shape for model in shapes.split(",") for name, shape in SHAPES[model].items()}
+    layers = _layers_of(shapes)
     torch.manual_seed(0)
     results, left_out = errors.measure_errors(layers, [int(count) for count in rows.split(",")], device, deadline)
     record = {"command": command(), "environment": environment(), "rows": results, "left_out": left_out}
