@@ -15,7 +15,6 @@ from .errors import UserError, explain
 from .model import SourceModel
 from .recipes import Recipe
 from .self_text import sample_text
-from .skeleton import auto_class
 
 _LOCAL = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -44,9 +43,7 @@ def gather_tokens(source: SourceModel, recipe: Recipe, progress: Progress) -> to
                 "are they of one model?"
             )
         return tokens
-    kind = auto_class(source.config.model_type)
-    model = kind.from_pretrained(source.folder, dtype=source.dtype).to(source.device).eval()
-    return sample_text(model, tokenizer, recipe.windows, recipe.seqlen, recipe.seed, progress)
+    return sample_text(source, recipe.windows, recipe.seqlen, recipe.seed, progress)
 
 
 def check_length(config, length: int, flag: str) -> None:
