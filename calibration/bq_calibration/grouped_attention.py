@@ -1,7 +1,7 @@
 """Attention of one new token per sequence, for models whose query heads share key-value heads.
 
-On a CPU transformers' own attention copies every key-value head once per query head in each step, or takes a slow kernel:
-3 to 19 times the time of the two products below with 9 query heads on 3 key-value heads.
+On a CPU transformers' own attention copies every key-value head once per query head in each step, or takes a slow
+kernel: 1 to 19 times the time of the two products below with 9 query heads on 3 key-value heads, 16 times in bfloat16.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from .recipes import Recipe, quant_config
 from .report import run_facts, write_report
 from .sensitivity import mixed_bits
 from .training_plan import free_memory
+from .training_text import check_training_text
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -75,10 +76,11 @@ class Calibration:
         Raises:
             UserError: naming the problem; finished blocks are kept for a run with `resume`.
         """
+        check_training_text(self.recipe)
         settings = {"model": str(self.source.folder.resolve()), **self.recipe.to_dict()}
         settings["compute_dtype"] = self.source.compute.to_dict()
         settings["source_sha256"] = preflight.source_fingerprint(self.source, progress)
-        settings["data_sha256"] = preflight.data_fingerprint(self.recipe.dataset, progress)
+        settings["data_sha256"] = preflight.data_fingerprint(self.recipe, progress)
         plan, work = preflight.plan(self.source, self.config, self.recipe, self.memory_budget), self.workspace
         with work.opened(settings, plan.disk_bytes), log_to(work.log):
             logger.info("%s: %s", self.source.name, settings)
@@ -106,6 +108,7 @@ class Calibration:
         Raises:
             UserError: naming the problem.
         """
+        check_training_text(self.recipe)
         plan = preflight.plan(self.source, self.config, self.recipe, self.memory_budget)
         self.workspace.check_free(plan.disk_bytes)
         warn_of_large_files(self.source.folder)

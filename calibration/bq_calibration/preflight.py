@@ -15,6 +15,7 @@ from .block import TOKENS_PER_BATCH, Block
 from .compute import dtype_name, operations_per_second
 from .errors import UserError, explain
 from .files import carried_files
+from .mix import parse_mix
 from .model import SourceModel
 from .recipes import Recipe
 from .rotation import MOST_ROWS
@@ -47,9 +48,11 @@ def source_fingerprint(source: SourceModel, progress: Progress) -> str:
     return fingerprint([*source.store.files, *beside], progress, "fingerprint of the model")
 
 
-def data_fingerprint(datasets: str, progress: Progress) -> str | None:
+def data_fingerprint(recipe: Recipe, progress: Progress) -> str | None:
     """SHA-256 of the local files among data sets; None where there are none."""
-    files = [Path(part) for part in datasets.split(",") if Path(part).is_file()]
+    names = [*recipe.dataset.split(","), *(recipe.decontaminate or "").split(",")]
+    names += [part.name for part in parse_mix(recipe.mix)] if recipe.mix else []
+    files = [Path(name) for name in names if Path(name).is_file()]
     return fingerprint(files, progress, "fingerprint of the data") if files else None
 
 

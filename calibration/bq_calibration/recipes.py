@@ -115,6 +115,17 @@ class Recipe:
         choices=("auto", "on", "off"),
     )
     dataset: str = _setting("c4", DATA, "wikitext2, c4, self, a .txt/.jsonl/.parquet file; or several: A,B.")
+    mix: str | None = _setting(
+        None,
+        DATA,
+        "Text of end-to-end training, rows shared out by weight: NAME[:WEIGHT],…, each as for --dataset or org/name of "
+        "the Hub; else the sequences of --dataset.",
+    )
+    decontaminate: str | None = _setting(
+        None,
+        DATA,
+        "Evaluation texts to keep out of --mix: A,B, or none; wikitext2 and c4 if it takes text from the Hub.",
+    )
     samples: int = _setting(128, DATA, "Sequences for rounding.", least=1)
     train_samples: int = _setting(128, DATA, "Sequences for training, those for rounding among them.", least=1)
     held_out: int = _setting(8, DATA, "Further sequences on which the report measures what training gains.", least=0)

@@ -7,7 +7,7 @@ place, so that no window waits for another; what stands before it is masked.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ TEMPERATURES = (1.0, 0.8)  # of every other window
 # windows that are decoded together: on a CPU twice as many gain 15 %, on a GPU the weights are read for more of them
 _MOST_ROWS = {"cpu": 32, "cuda": 1024}
 _CPU_CACHE = 2**32  # bytes of keys and values at most
-_TOKENS_PER_PROMPT = 32  # a window has prompts for documents of so many tokens, and then takes the first again
+_TOKENS_PER_PROMPT = 64  # a window has prompts for documents of so many tokens, and then takes the first again
 REQUESTS = (
     "Explain {} in simple words.",
     "Tell me a short story about {}.",
@@ -69,7 +69,6 @@ TOPICS = [
 ]
 
 
-
 @dataclass(frozen=True)
 class Prompt:
     """The tokens from which a document goes on; with `fresh` unset they belong to the document in front of them."""
@@ -104,9 +103,7 @@ def dialogue_prompts(tokenizer, ends: list[int]) -> list[Prompt]:
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False
     )
-    opening, answer = (
-        tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(mark, maxsplit=1)
-    )
+    opening, answer = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(mark, maxsplit=1))
     ended = answer[:1] and answer[0] in ends
     return [Prompt(opening), Prompt(answer[1:], fresh=False)] if ended else [Prompt(opening)]
 
@@ -207,7 +204,7 @@ class TextWriter:
         tokenizer,
         seqlen: int,
         seed: int,
-        prefixes: Callable[[int, int], list[list[int]]] | None = None,
+        prefixes: Callable[[int, int], Iterable[list[int]]] | None = None,
     ):
         self.model, self.tokenizer, self.seqlen, self.seed, self.prefixes = model, tokenizer, seqlen, seed, prefixes
         self.start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -227,7 +224,7 @@ class TextWriter:
         source: SourceModel,
         seqlen: int,
         seed: int,
-        prefixes: Callable[[int, int], list[list[int]]] | None = None,
+        prefixes: Callable[[int, int], Iterable[list[int]]] | None = None,
     ) -> TextWriter:
         """A writer with the 16-bit model, which it holds in memory whole."""
         kind = auto_class(source.config.model_type)
@@ -235,13 +232,12 @@ class TextWriter:
         return cls(model.to(source.device).eval(), source.tokenizer(), seqlen, seed, prefixes)
 
     @torch.no_grad()
-    def write(self, number: int, progress: Progress, task) -> torch.Tensor:
+    def write(self, number: int, progress: Progress) -> torch.Tensor:
         """The windows of one batch.
 
         Args:
             number: of the batch; the same one has the same text.
-            progress: advances `task` by a token per window and step.
-            task: of the bar.
+            progress: shows a bar.
 
         Returns:
             int64 [rows, seqlen], on the CPU.
@@ -253,14 +249,15 @@ class TextWriter:
             cache = DynamicCache(config=self.model.config)
         else:
             cache.reset()
-        progress.advance(task, self.rows)
+        task = progress.add_task(f"text of the model itself, batch {number + 1}", total=self.seqlen, completed=1)
         for position in range(1, self.seqlen):
             # the first step makes the cache: only those behind it can be one graph
             forward = self.model if self._cache is None or position == 1 else self.model.get_compiled_call(None)
             last = windows.tokens[:, position - 1 : position].contiguous()
             output = forward(input_ids=last, attention_mask=windows.visible, past_key_values=cache, use_cache=True)
             windows.add(position, output.logits[:, -1])
-            progress.advance(task, self.rows)
+            progress.advance(task)
+        progress.remove_task(task)
         return windows.tokens.cpu()
 
     def _prompts(self, number: int) -> list[list[Prompt]]:
@@ -273,7 +270,7 @@ class TextWriter:
             dialogue = dialogue_prompts(self.tokenizer, self.ends)
             kinds += [lambda: [Prompt(chat_prompt(self.tokenizer, request(next(asked))))], lambda: dialogue]
         if real is not None:
-            kinds.append(lambda: [Prompt(next(real))])
+            kinds.append(lambda: [Prompt(next(real) or [self.start])])
         windows = []
         for row in range(self.rows):
             chosen = (kinds[n % len(kinds)]() for n in itertools.count(row // len(TEMPERATURES)))
@@ -313,8 +310,5 @@ def sample_text(source: SourceModel, samples: int, seqlen: int, seed: int, progr
         int64 [samples, seqlen].
     """
     writer = TextWriter.of(source, seqlen, seed)
-    batches = -(-samples // writer.rows)
-    task = progress.add_task("text of the model itself", total=batches * writer.rows * seqlen)
-    rows = torch.cat([writer.write(number, progress, task) for number in range(batches)])
-    progress.remove_task(task)
-    return rows[:samples]
+    batches = range(-(-samples // writer.rows))
+    return torch.cat([writer.write(number, progress) for number in batches])[:samples]
