@@ -143,7 +143,8 @@ def check_recipe_values(words: list[str]) -> None:
 
     given = dict(itertools.pairwise(words))
     fields = {"--" + field.name.replace("_", "-"): field for field in dataclasses.fields(Recipe)}
-    types = {"int": int, "float": float, "float | None": float, "str": str, "int | None": int, "bool": lambda _: True}
+    types = {"int": int, "float": float, "str": str, "bool": lambda _: True}
+    types |= {f"{name} | None": types[name] for name in ("int", "float", "str")}
     convert = {flag: parse_tokens if f.metadata["tokens"] else types[f.type] for flag, f in fields.items()}
     overrides = {f.name: convert[flag](given[flag]) for flag, f in fields.items() if flag in given}
     assert make_recipe(given.get("--recipe", next(iter(RECIPES))), overrides)

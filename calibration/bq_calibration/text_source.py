@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from .ngrams import NgramFilter
 from .sampling import derive_seed
 
 _BATCH = 256  # documents that are tokenised together
+_PIECE = 2**18  # characters of a long text that are tokenised together
 _SHUFFLED = 10_000  # documents of a stream that are in memory and shuffled
 _EXCERPTED = 1000  # documents of a stream from which excerpts are taken
 _EXCERPT = 600  # characters, of 64 tokens more often than not
@@ -124,6 +125,13 @@ def _excerpt(text: str, chooser: random.Random) -> str:
     return words if begin == 0 else words.partition(" ")[2]
 
 
+def _pieces(lines: list[str]) -> Iterator[str]:
+    """A text by its lines, in pieces: a tokenizer takes some 200 bytes per character while it works."""
+    sizes = np.cumsum([len(line) + 1 for line in lines]) // _PIECE
+    for _, group in groupby(zip(sizes, lines, strict=True), key=lambda pair: pair[0]):
+        yield "".join(f"{line}\n" for _, line in group)
+
+
 class _LongText:
     """One text in windows without overlap; lines that share a run of words with an evaluation text are cut out."""
 
@@ -136,7 +144,8 @@ class _LongText:
             else:
                 self._cut.append(Unit(-1 - len(self._cut), [], met))
         self._text, self._seed = "\n".join(kept), seed
-        tokens = np.array(tokenizer(self._text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
+        encoded = [tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in _pieces(kept)]
+        tokens = np.concatenate([np.array(ids, dtype=np.int32) for ids in encoded])
         self._windows = tokens[: len(tokens) // window * window].reshape(-1, window)
         if not len(self._windows):
             raise UserError(f"--mix {name}: the text does not fill one window of {window} tokens; lower --seqlen")

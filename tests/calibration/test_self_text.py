@@ -107,7 +107,9 @@ def test_prompts_of_every_kind(source, monkeypatch):
     tokenizer.chat_template = TEMPLATE
     monkeypatch.setattr(self_text, "_MOST_ROWS", {"cpu": 8})
     asked = []
-    writer = TextWriter.of(source, 256, 0, lambda number, count: asked.append((number, count)) or iter([[7, 8]] * count))
+    writer = TextWriter.of(
+        source, 256, 0, lambda number, count: asked.append((number, count)) or iter([[7, 8]] * count)
+    )
     writer.tokenizer = tokenizer
     windows = writer._prompts(2)
     turns = 1 + 256 // 64

@@ -1,4 +1,4 @@
-"""The mix of texts for end-to-end training: shares, epochs, evaluation texts, and going on where a run was interrupted."""
+"""The mix of texts for end-to-end training: shares, epochs, evaluation texts, and going on after an interruption."""
 
 import json
 import logging
@@ -235,7 +235,9 @@ def test_an_interrupted_run_ends_at_the_same_bytes(mix, source, documents, long_
     batches = []
     monkeypatch.setattr(training_text._Mix, "_write", killed)
     monkeypatch.setattr(
-        self_text.TextWriter, "write", lambda writer, number, bars: batches.append(number) or written(writer, number, bars)
+        self_text.TextWriter,
+        "write",
+        lambda writer, number, bars: batches.append(number) or written(writer, number, bars),
     )
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
