@@ -76,7 +76,8 @@ class Calibration:
         Raises:
             UserError: naming the problem; finished blocks are kept for a run with `resume`.
         """
-        check_training_text(self.recipe)
+        if not self.workspace.path.exists():  # else an earlier run has checked it, and may have all it needs
+            check_training_text(self.recipe)
         settings = {"model": str(self.source.folder.resolve()), **self.recipe.to_dict()}
         settings["compute_dtype"] = self.source.compute.to_dict()
         settings["source_sha256"] = preflight.source_fingerprint(self.source, progress)

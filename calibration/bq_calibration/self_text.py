@@ -260,6 +260,13 @@ class TextWriter:
         progress.remove_task(task)
         return windows.tokens.cpu()
 
+    def close(self) -> None:
+        """Give the memory of a GPU back, once the text is written."""
+        if self._cache is not None:
+            del self.model, self._cache
+            torch._dynamo.reset()  # captured graphs keep their memory as long as they are known
+            torch.cuda.empty_cache()
+
     def _prompts(self, number: int) -> list[list[Prompt]]:
         """Prompts for every window of a batch, as many for each."""
         turns = 1 + self.seqlen // _TOKENS_PER_PROMPT
@@ -310,5 +317,6 @@ def sample_text(source: SourceModel, samples: int, seqlen: int, seed: int, progr
         int64 [samples, seqlen].
     """
     writer = TextWriter.of(source, seqlen, seed)
-    batches = range(-(-samples // writer.rows))
-    return torch.cat([writer.write(number, progress) for number in batches])[:samples]
+    rows = torch.cat([writer.write(number, progress) for number in range(-(-samples // writer.rows))])
+    writer.close()
+    return rows[:samples]

@@ -160,6 +160,8 @@ class _Mix:
             self._write(wanted, block)
             write_json(self._state_file(index), asdict(state))
         self._progress.remove_task(task)
+        if isinstance(source, _SelfText):
+            source.close()
         if state.count and (epochs := state.epochs) > MOST_EPOCHS:
             logger.warning(
                 "--mix: %s is read %.1f times; more than %d times teaches little: add text, or lower its weight",
@@ -249,6 +251,7 @@ class _SelfText:
 
     def __init__(self, writer: TextWriter, evaluation: NgramFilter, progress: Progress):
         self.rows, self._writer, self._evaluation, self._progress = writer.rows, writer, evaluation, progress
+        self.close = writer.close
 
     def units(self, epoch: int, start: int) -> Iterator[Unit]:
         for number in itertools.count(start // self.rows):
