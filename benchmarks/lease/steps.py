@@ -139,7 +139,9 @@ def _training(plan: Plan) -> Step:
     """The ladder of tokens on a real model; on the random one of the step `calibration` where none is given."""
     work, result = plan.out / "calibration", plan.out / "training.json"
     model, text = plan.model or work / "fp16", work / "text.txt"
-    settings: list[object] = ["--set", f"mix={plan.mix}"] if plan.mix else ["--set", f"dataset={text}", "--set", "mix=null"]
+    settings: list[object] = (
+        ["--set", f"mix={plan.mix}"] if plan.mix else ["--set", f"dataset={text}", "--set", "mix=null"]
+    )
     rungs = "2k,4k" if plan.rehearse else "4M,12M,30M"
     if plan.rehearse:
         tiny = {"samples": 4, "seqlen": 32, "held_out": 2, "tokens_per_step": 128}
