@@ -1,5 +1,6 @@
 """The mix of texts for end-to-end training: shares, epochs, evaluation texts, and going on after an interruption."""
 
+import functools
 import json
 import logging
 from pathlib import Path
@@ -17,6 +18,7 @@ from bq_calibration.ngrams import NgramFilter, ngram_hashes
 from bq_calibration.recipes import make_recipe
 from bq_calibration.training_text import MixedText, check_training_text, interleave, training_rows
 from bq_calibration.workspace import Workspace
+from transformers import AutoTokenizer
 
 from .conftest import make_text
 
@@ -67,9 +69,14 @@ def long_text(tmp_path) -> Path:
     return path
 
 
+@functools.cache
+def tokenizer_of(folder: Path):
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def text_of(source, row) -> str:
     """The text of a row, without spaces; the tiny tokenizer has a token per byte."""
-    tokens = source.tokenizer().convert_ids_to_tokens(torch.as_tensor(row).tolist())
+    tokens = tokenizer_of(source.folder).convert_ids_to_tokens(torch.as_tensor(row).tolist())
     return "".join(tokens).replace("Ġ", "").replace("Ċ", "\n")
 
 
