@@ -1,6 +1,7 @@
-"""From a Hugging Face causal LM to a butterfly checkpoint: calibration, evaluation and inspection.
+"""From a Hugging Face causal LM to a butterfly checkpoint: calibration, conversion, evaluation and inspection.
 
-`calibrate`, `evaluate` and `inspect` are the commands `bq-calibrate`, `bq-eval` and `bq-inspect` as functions.
+`calibrate`, `convert`, `evaluate` and `inspect` are the commands `bq-calibrate`, `bq-convert`, `bq-eval` and
+`bq-inspect` as functions.
 Importing this package loads neither torch nor transformers; the first call does.
 """
 
@@ -14,7 +15,7 @@ try:
 except PackageNotFoundError:  # used from a source folder on PYTHONPATH
     __version__ = "unknown"
 
-__all__ = ["calibrate", "evaluate", "inspect"]
+__all__ = ["calibrate", "convert", "evaluate", "inspect"]
 
 
 def calibrate(
@@ -78,6 +79,31 @@ def calibrate(
     run = Calibration(model, out, chosen, check_device(device), resume, plots, compute_dtype, budget, *work)
     with make_progress(progress) as bars:
         return run.dry_run(bars) if dry_run else run.run(bars)
+
+
+def convert(
+    source: str, out: str, *, method: str | None = None, resume: bool = False, progress: bool = False
+) -> dict[str, Any]:
+    """Bring a checkpoint of another package into the format, every weight the same number; refuse what cannot be.
+
+    Args:
+        source: folder or hub name of a checkpoint of GPTQ, AutoRound, AWQ or compressed-tensors, or a GGUF file.
+        out: folder to write; must not exist.
+        method: `efficientqat` for a checkpoint of EfficientQAT, whose config.json does not say so.
+        resume: go on where an interrupted run stopped.
+        progress: show progress bars on stderr.
+
+    Returns:
+        the report, as in `bq_report.json`.
+
+    Raises:
+        UserError: naming what the format cannot hold exactly, before anything is written.
+    """
+    from .console import make_progress
+    from .convert.pipeline import Conversion
+
+    with make_progress(progress) as bars:
+        return Conversion(source, out, method, resume).run(bars)
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""The commands `bq-calibrate`, `bq-eval` and `bq-inspect`: flags in, the functions of this package behind them."""
+"""The commands `bq-calibrate`, `bq-convert`, `bq-eval`, `bq-inspect`: flags in, the functions of this package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from . import __version__, calibrate, evaluate, inspect
+from . import __version__, calibrate, convert, evaluate, inspect
 from .console import stderr, stdout
 from .errors import UserError, check_writable
 from .logs import log_to
@@ -180,7 +180,40 @@ def _plan_table(plan: dict[str, Any], out: Path) -> Table:
     return table
 
 
-# ---- bq-eval and bq-inspect
+# ---- bq-convert, bq-eval and bq-inspect
+
+
+def _convert(
+    source: Annotated[
+        str, typer.Argument(help="Checkpoint of GPTQ, AutoRound, AWQ or compressed-tensors, or a GGUF file.")
+    ],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    method: Annotated[
+        str | None, typer.Option(help="efficientqat, whose config.json does not say so; others are found.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    version: Version = False,
+) -> None:
+    """Bring a quantized checkpoint into the format without requantizing: every weight stays the same number.
+
+    What the format cannot hold exactly is refused before anything is written.
+    """
+    try:
+        report = convert(str(source), str(out), method=method, resume=resume, progress=stderr.is_terminal)
+    except KeyboardInterrupt:
+        stderr.print("interrupted; continue with --resume", soft_wrap=True)
+        sys.exit(130)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    totals, config = report["totals"], report["quantization_config"]
+    stdout.print(
+        f"{out}: {report['conversion']['method']}, {config['bits']} bits, groups of {config['group_size']}: "
+        f"{totals['bits_per_weight']:.3f} bits per weight, {totals['checkpoint_bytes'] / 1e6:.1f} MB "
+        f"(source: {totals['source_bytes'] / 1e6:.1f} MB), {report['run']['wall_seconds']:.0f} s",
+        soft_wrap=True,
+    )
 
 
 def _evaluate(
@@ -250,6 +283,11 @@ def _inspect(
 def calibrate_main() -> None:
     """Entry point of `bq-calibrate`."""
     _run(_calibrate)
+
+
+def convert_main() -> None:
+    """Entry point of `bq-convert`."""
+    _run(_convert)
 
 
 def evaluate_main() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from bq_kernels import checksums
 from bq_kernels.format import QuantConfig
 
 from .errors import explain_write
-from .files import carried_files, write_json, write_tensors
+from .files import copy_carried, write_json, write_tensors
 from .model import SourceModel
 from .store import INDEX, TensorStore
 
@@ -36,9 +38,7 @@ def export(source: SourceModel, blocks: Path, config: QuantConfig, folder: Path)
     with explain_write(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for name in carried_files(source.folder):
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source.folder / name, folder / name)
+    copy_carried(source.folder, folder)
     packed = TensorStore(blocks)
     replaced = {
         f"{source.block_prefix(index)}{name}.weight"
@@ -48,7 +48,12 @@ def export(source: SourceModel, blocks: Path, config: QuantConfig, folder: Path)
     }
     store_of = {name: source.store for name in source.store.names() if name not in replaced}
     store_of |= dict.fromkeys(packed.names(), packed)
-    _write_shards(store_of, source, folder)
+
+    def read(name: str) -> torch.Tensor:
+        tensor = store_of[name].get(name)
+        return tensor.to(source.kept_dtype(name)) if name in source.store else tensor
+
+    write_shards({name: store.nbytes(name) for name, store in store_of.items()}, read, folder)
     write_json(folder / "config.json", _exported_config(source, config))
 
 
@@ -62,28 +67,37 @@ def write_checksums(folder: Path) -> None:
         checksums.write_sums(folder)
 
 
-def _write_shards(store_of: dict[str, TensorStore], source: SourceModel, folder: Path) -> None:
-    """Write tensors in shards of at most SHARD_BYTES, with an index where there are several."""
+def write_shards(nbytes: dict[str, int], read: Callable[[str], torch.Tensor], folder: Path) -> None:
+    """Write tensors in shards of at most SHARD_BYTES, with an index where there are several.
+
+    A shard that is there already, from an interrupted run, stays.
+
+    Args:
+        nbytes: size by name; a bound will do.
+        read: gives a tensor by name.
+        folder: of the checkpoint.
+
+    Raises:
+        WriteError: if a file cannot be written.
+    """
     shards: list[list[str]] = [[]]
-    size = total = 0
-    for name in sorted(store_of):
-        nbytes = store_of[name].nbytes(name)
-        if shards[-1] and size + nbytes > SHARD_BYTES:
+    size = 0
+    for name in sorted(nbytes):
+        if shards[-1] and size + nbytes[name] > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += nbytes
+        size += nbytes[name]
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: store_of[name].get(name) for name in names}
-        kept = {name: tensor.to(source.kept_dtype(name)) for name, tensor in tensors.items() if name in source.store}
-        write_tensors(folder / file, tensors | kept, record_sums=True)
-        total += sum(tensor.nbytes for tensor in (tensors | kept).values())
+        if not (folder / file).exists():
+            write_tensors(folder / file, {name: read(name) for name in names}, record_sums=True)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / INDEX, index)
+        written = TensorStore(folder)
+        total = sum(written.nbytes(name) for name in written.names())
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _exported_config(source: SourceModel, config: QuantConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -45,6 +46,18 @@ def carried_files(folder: Path) -> Iterator[Path]:
     files they have, chat templates, code that `auto_map` of config.json names, licences.
     """
     return (file.relative_to(folder) for file in _beside_weights(folder) if file.stat().st_size <= _MOST_BYTES)
+
+
+def copy_carried(source: Path, folder: Path) -> None:
+    """Copy a model's `carried_files` into a checkpoint's folder.
+
+    Raises:
+        WriteError: if one cannot be written.
+    """
+    with explain_write(folder):
+        for name in carried_files(source):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
 
 
 def warn_of_large_files(folder: Path) -> None:

@@ -75,7 +75,7 @@ def print_description(description: dict[str, Any], console: Console) -> None:
     try:
         tables = [_summary(description)]
         if (report := description["report"]) is not None:
-            tables += [_gains(report), _input_table(report), _error_table(report)]
+            tables += [] if "conversion" in report else [_gains(report), _input_table(report), _error_table(report)]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         file = Path(description["checkpoint"]) / REPORT
         raise UserError(f"{file}: not a report of bq-calibrate ({error!r}); download it again, or delete it") from error
@@ -106,7 +106,11 @@ def _summary(description: dict[str, Any]) -> Table:
     rows["size of all tensors"] = f"{description['total_bytes'] / 1e6:.1f} MB"
     if report is not None:
         run, dtypes = report["run"], report["run"].get("compute_dtype", {})
-        rows["16-bit model"] = f"{report['source_model']}, {report['totals']['source_bytes'] / 1e6:.1f} MB"
+        source = f"{report['source_model']}, {report['totals']['source_bytes'] / 1e6:.1f} MB"
+    if report is not None and "conversion" in report:
+        rows["converted from"] = f"{source}, {report['conversion']['method']}"
+    elif report is not None:
+        rows["16-bit model"] = source
         rows["calibrated on"] = f"{report['calibration_tokens']:,} tokens of {report['recipe']['dataset']}"
         rows["calibration"] = f"{run['wall_seconds']:.0f} s, peak {run['peak_memory_bytes'] / 1e9:.2f} GB"
         rows["computed in"] = ", ".join(f"{dtype} ({part})" for part, dtype in dtypes.items())

@@ -47,6 +47,14 @@ def resolve_model(model: str) -> Path:
         raise UserError(f"{model}: no such folder, and the hub did not give it ({error})") from error
 
 
+def hub_name(folder: Path) -> str:
+    """Name of the model in a folder: `org/name` for a cached one of the hub, else the folder's."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
+
+
 class SourceModel:
     """The 16-bit model: a skeleton without memory, into which one decoder layer at a time is loaded.
 
@@ -135,10 +143,7 @@ class SourceModel:
     @property
     def name(self) -> str:
         """The model's name: `org/name` for a model of the hub, its cached snapshots included; else its folder's."""
-        folder = self.folder.resolve()
-        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-            return folder.parents[1].name.removeprefix("models--").replace("--", "/", 1)
-        return folder.name
+        return hub_name(self.folder)
 
     @property
     def vocabulary(self) -> int:

@@ -111,13 +111,13 @@ def make_text(words: int, seed: int = 0) -> str:
     return " ".join(WORDS[min(int(chooser.expovariate(0.08)), 99)] for _ in range(words))
 
 
-def make_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+def make_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, config=None) -> Path:
     """Write a random model with weights large enough that its outputs depend on its inputs."""
     from tokenizers import Tokenizer, models
     from tokenizers.pre_tokenizers import ByteLevel
 
     torch.manual_seed(0)
-    config = (CONFIGS | MULTIMODAL_CONFIGS)[architecture]()
+    config = config or (CONFIGS | MULTIMODAL_CONFIGS)[architecture]()
     kind = "ImageTextToText" if architecture in MULTIMODAL_CONFIGS else "CausalLM"
     model = getattr(transformers, f"AutoModelFor{kind}").from_config(config, dtype=dtype)
     with torch.no_grad():
