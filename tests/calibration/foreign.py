@@ -5,6 +5,7 @@ Nothing here uses bq_kernels or bq_calibration.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -232,8 +233,10 @@ def gguf_layers(model: Path, kind: str) -> dict[str, Layer]:
     return layers
 
 
-def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+def interleave(weight: np.ndarray, heads: int | None) -> np.ndarray:
     """Rows of a head as llama.cpp's converter orders them for architecture llama: (0, d/2), (1, d/2 + 1), …."""
+    if heads is None:
+        return weight
     halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
@@ -268,8 +271,9 @@ def write_gguf(
     for name, tensor in load_file(model / "model.safetensors").items():
         module, _, suffix = name.rpartition(".")
         place = f"{names.get_name(module)}.{suffix}"
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.split(".")[-1])
-        order = (lambda rows: interleave(rows, heads)) if heads and architecture == "llama" else (lambda rows: rows)
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        count = heads.get(module.split(".")[-1]) if architecture == "llama" else None
+        order = functools.partial(interleave, heads=count)
         if (layer := layers.get(module)) is None:
             writer.add_tensor(place, order(tensor.float().numpy()))
         elif packer is None:
@@ -291,6 +295,12 @@ def add_unknown(writer, name: str, data: np.ndarray, type_id: int, shape: torch.
     from gguf.gguf_writer import TensorInfo
 
     writer.tensors[-1][name] = TensorInfo(shape=tuple(shape), dtype=type_id, nbytes=data.nbytes, tensor=data)
+
+
+def yarn():
+    from gguf import RopeScalingType
+
+    return RopeScalingType.YARN
 
 
 def add_tokenizer(writer, model: Path) -> None:

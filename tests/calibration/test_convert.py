@@ -1,5 +1,6 @@
 """Conversion of checkpoints of other packages: every weight stays the same number, and what cannot is refused."""
 
+import json
 from pathlib import Path
 
 import bq_calibration.hf  # noqa: F401 teaches transformers the format
@@ -8,9 +9,11 @@ import torch
 from bq_calibration import convert, inspect
 from bq_calibration.errors import UserError
 from bq_calibration.hf import ButterflyLinear
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import foreign
+from .test_commands import command
 
 IDS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -122,3 +125,248 @@ def test_gguf_as_transformers_reads_it(tmp_path, model, kind):
     convert(str(source), str(tmp_path / "out"))
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     torch.testing.assert_close(logits(ours), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+# ---- what is not plain
+
+
+def plain_gptq(model: Path, folder: Path, layers: dict[str, foreign.Layer], **changes) -> Path:
+    return foreign.write(model, folder, layers, foreign.gptq(0), GPTQ | {"checkpoint_format": "gptq_v2"} | changes)
+
+
+def test_negative_and_empty_scales(tmp_path, model):
+    layers = foreign.random_layers(model, 3, 32)
+    for layer in layers.values():
+        layer.scales[::2] *= -1
+        layer.scales[0, 0] = 0
+        layer.scales[1, 0] = 2.0**-24  # the smallest of float16
+    convert(str(plain_gptq(model, tmp_path / "source", layers)), str(tmp_path / "out"))
+    assert_exact(model, layers, tmp_path / "out")
+
+
+def test_layers_left_out_and_bits_of_their_own(tmp_path, model):
+    layers = foreign.random_layers(model, 2, 32)
+    four = [name for name in layers if name.endswith(("o_proj", "gate_proj", "up_proj"))]
+    layers |= {name: foreign.random_layers(model, 4, 32)[name] for name in four}
+    del layers["model.layers.0.mlp.down_proj"]
+    convert(str(plain_gptq(model, tmp_path / "source", layers)), str(tmp_path / "out"))
+    config = assert_exact(model, layers, tmp_path / "out")["quantization_config"]
+    assert config["modules_to_not_convert"] == ["lm_head", "model.layers.0.mlp.down_proj"]
+    assert {name: config["module_bits"].get(name, config["bits"]) for name in layers} == {
+        name: layer.bits for name, layer in layers.items()
+    }
+
+
+def test_per_channel(tmp_path, model):
+    layers = foreign.random_layers(model, 4, foreign.WIDTH)
+    convert(str(plain_gptq(model, tmp_path / "source", layers, group_size=-1)), str(tmp_path / "out"))
+    assert_exact(model, layers, tmp_path / "out")
+
+
+def test_a_bias_that_the_model_does_not_have(tmp_path, model):
+    layers = foreign.random_layers(model, 4, 32)
+
+    def pack(value: float):
+        return lambda layer: foreign.gptq(1)(layer) | {"bias": torch.full((len(layer.codes),), value).half()}
+
+    source = foreign.write(model, tmp_path / "zeros", layers, pack(0.0), GPTQ | {"bits": 4})
+    convert(str(source), str(tmp_path / "out"))
+    assert_exact(model, layers, tmp_path / "out")
+    refuse(foreign.write(model, tmp_path / "ones", layers, pack(1.0), GPTQ | {"bits": 4}), "bias has no place")
+
+
+def refuse(source: Path, message: str) -> None:
+    """The source is refused, in one line, and nothing is written."""
+    out = source.parent / "refused"
+    with pytest.raises(UserError, match=message) as error:
+        convert(str(source), str(out))
+    assert "\n" not in str(error.value)
+    assert not out.exists() and not out.with_name("refused.partial").exists()
+
+
+def edited(source: Path, edit) -> Path:
+    """The source with its tensors edited."""
+    tensors = load_file(source / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+DOWN = "model.layers.0.mlp.down_proj"
+EDITS = {
+    "desc_act": ({f"{DOWN}.g_idx": lambda t: t.roll(1)}, r"down_proj.g_idx: .*desc_act"),
+    "float32 scales": (
+        {f"{DOWN}.scales": lambda t: t.float() * 1.0001},
+        r"scales in float32: \d+ of 2048 are no float16",
+    ),
+    "large scales": ({f"{DOWN}.scales": lambda t: t.bfloat16() * 2.0**24}, "scales in bfloat16: 2048 of 2048"),
+    "NaN": ({f"{DOWN}.scales": lambda t: t * torch.nan}, "2048 of 2048 are no float16 numbers"),
+    "missing": ({"model.norm.weight": None}, "model.norm.weight is missing"),
+    "cut": ({f"{DOWN}.qweight": lambda t: t[:-1].clone()}, "15 words for 256 codes"),
+    "a packed head": ({"lm_head.qweight": lambda t: torch.zeros(8, 8).int()}, "lm_head.qweight has no place"),
+    "integers": ({"model.norm.weight": lambda t: t.int()}, "expected floats"),
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_refused_tensors(tmp_path, model, case):
+    changes, message = EDITS[case]
+    source = plain_gptq(model, tmp_path / "source", foreign.random_layers(model, 2, 32))
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name, change in changes.items():
+            value = tensors.pop(name, None)
+            if change is not None:
+                tensors[name] = change(value)
+
+    refuse(edited(source, edit), message)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (lambda model: foreign.random_layers(model, 2, 16), "group_size: expected a multiple of 32.* found 16"),
+        (
+            lambda model: foreign.random_layers(model, 2, 32) | {DOWN: foreign.random_layers(model, 2, 64)[DOWN]},
+            "groups of 32 columns, .*down_proj of 64",
+        ),
+        (
+            lambda model: {n: la for n, la in foreign.random_layers(model, 2, 32).items() if "k_proj" not in n},
+            "share an input differ .*'k_proj': 'unquantized'",
+        ),
+    ],
+)
+def test_refused_layers(tmp_path, model, layers, message):
+    refuse(plain_gptq(model, tmp_path / "source", layers(model)), message)
+
+
+def test_zero_points_that_packages_read_in_different_ways(tmp_path, model):
+    layers = foreign.random_layers(model, 4, 32)
+    source = foreign.write(model, tmp_path / "source", layers, foreign.gptq(1), GPTQ | {"bits": 4})
+    refuse(edited(source, lambda tensors: tensors[f"{DOWN}.qzeros"].fill_(-1)), "gptq_v2")
+
+
+COMPRESSED = foreign.compressed_config(4, 32, False)
+GROUP = COMPRESSED["config_groups"]["group_0"]
+CONFIGS = [
+    (GPTQ | {"bits": 8}, "8 bits"),
+    (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+    ({"quant_method": "auto-round", "bits": 2, "packing_format": "auto_round:fp8"}, "packing_format 'auto_round:fp8'"),
+    ({"quant_method": "auto-round", "bits": 4, "act_bits": 8}, "activations"),
+    ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv'"),
+    ({"quant_method": "awq", "bits": 2}, "AWQ with 2 bits"),
+    ({"quant_method": "bitsandbytes"}, "not evenly spaced"),
+    ({"quant_method": "quip"}, "quant_method 'quip' is not read"),
+    ({"quant_method": "butterfly"}, "already"),
+    (COMPRESSED | {"format": "int-quantized"}, "format 'int-quantized'"),
+    (COMPRESSED | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+    (COMPRESSED | {"config_groups": {"group_0": GROUP | {"input_activations": {"num_bits": 8}}}}, "weight-only"),
+    (COMPRESSED | {"config_groups": {"group_0": GROUP | {"weights": {"type": "float"}}}}, "type 'float'"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), CONFIGS)
+def test_refused_settings(tmp_path, model, config, message):
+    refuse(foreign.write(model, tmp_path / "source", {}, foreign.compressed, config), message)
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q8_0"])
+def test_refused_gguf_types(tmp_path, model, kind):
+    gguf = pytest.importorskip("gguf")
+    layers = foreign.gguf_layers(model, "Q4_0")
+    foreign.GGUF_TYPES[kind] = (gguf.GGMLQuantizationType[kind].value, 32, 0, 0, None)
+    try:
+        source = foreign.write_gguf(model, tmp_path / "tiny.gguf", layers, kind)
+    finally:
+        del foreign.GGUF_TYPES[kind]
+    refuse(source, rf"blk.0.attn_q.weight: type {kind} has (a minimum|more than 4 bits)")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (lambda writer: writer.add_rope_scaling_type(foreign.yarn()), "rope scaling 'yarn'"),
+        (lambda writer: writer.add_uint32("prism.hadamard.block_size", 1024), "signed Hadamard"),
+        (lambda writer: writer.add_uint16("split.count", 2), "gguf-split --merge"),
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", torch.ones(32).numpy()),
+            "rope_freqs.weight has no place",
+        ),
+    ],
+)
+def test_refused_gguf_metadata(tmp_path, model, extra, message):
+    pytest.importorskip("gguf")
+    refuse(
+        foreign.write_gguf(model, tmp_path / "tiny.gguf", foreign.gguf_layers(model, "TQ2_0"), "TQ2_0", extra), message
+    )
+
+
+def test_gguf_groups_of_another_size_under_the_same_number(tmp_path, model, monkeypatch):
+    """PrismML once stored groups of 128 as type 42."""
+    pytest.importorskip("gguf")
+    monkeypatch.setitem(foreign.GGUF_TYPES, "Q2_0", (42, 128, 1, 3, foreign.q2_0))
+    source = foreign.write_gguf(model, tmp_path / "tiny.gguf", foreign.gguf_layers(model, "Q2_0"), "Q2_0")
+    refuse(source, "take the PQ2_0 file")
+
+
+def test_gguf_beside_its_config(tmp_path, model):
+    """The original's config.json and tokenizer count, where they are there; rows of Qwen3 keep their order."""
+    pytest.importorskip("gguf")
+    qwen = foreign.base_model(tmp_path / "qwen3", "qwen3")
+    layers = foreign.gguf_layers(qwen, "PQ2_0")
+    extra = lambda writer: writer.add_rope_scaling_type(foreign.yarn())  # noqa: E731
+    foreign.write_gguf(qwen, qwen / "tiny.gguf", layers, "PQ2_0", extra)
+    convert(str(qwen / "tiny.gguf"), str(tmp_path / "out"))
+    assert_exact(qwen, layers, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (qwen / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "out" / "tiny.gguf").exists()
+
+
+# ---- the run
+
+
+def test_shards_and_resuming_end_at_the_same_bytes(tmp_path, model, monkeypatch):
+    import bq_calibration.convert.pipeline as pipeline
+    import bq_calibration.export as export
+
+    monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
+    layers = foreign.random_layers(model, 2, 32)
+    source = plain_gptq(model, tmp_path / "source", layers)
+    convert(str(source), str(tmp_path / "whole"))
+    assert len(list((tmp_path / "whole").glob("*.safetensors"))) > 2
+    assert_exact(model, layers, tmp_path / "whole")
+
+    read, calls = pipeline.pack_rows, []
+
+    def interrupted(codes, bits):
+        calls.append(bits)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return read(codes, bits)
+
+    monkeypatch.setattr(pipeline, "pack_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(source), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--resume"):
+        convert(str(source), str(tmp_path / "out"))
+    calls[:] = [0] * 9
+    convert(str(source), str(tmp_path / "out"), resume=True)
+    assert not (tmp_path / "out.partial").exists()
+    names = {file.name for file in (tmp_path / "whole").iterdir()}
+    assert names == {file.name for file in (tmp_path / "out").iterdir()}
+    for name in names - {"bq_report.json", "SHA256SUMS"}:  # which say how long it took
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_the_command(tmp_path, model):
+    source = plain_gptq(model, tmp_path / "source", foreign.random_layers(model, 2, 64))
+    done = command("convert", source, "-o", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "bq_report.json").read_text())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "GPTQ, packed as gptq_v2" in card and "2.500" in card
+    shown = command("inspect", tmp_path / "out")
+    assert "converted from" in shown.stdout and "GPTQ, packed as gptq_v2" in shown.stdout, shown.stderr
+    again = command("convert", source, "-o", tmp_path / "out")
+    assert again.returncode == 1 and "exists and is not empty" in again.stderr

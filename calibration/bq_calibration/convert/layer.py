@@ -33,7 +33,7 @@ class ExactLevels:
     Attributes:
         scales: float16 [N, K/group].
         zeros: float16 [N, K/group].
-        flipped: bool [N, K/group]: the source's scale is negative; s·(q − z) = |s|·((L − q) − (L − z)), L the largest code.
+        flipped: bool [N, K/group]: the source's scale is negative; s·(q − z) = |s|·((L − q) − (L − z)), L the top code.
         empty: bool [N, K/group]: the source's scale is zero; codes and zero become 0, the scale 1.
     """
 
