@@ -147,15 +147,20 @@ def awq(layer: Layer) -> Table:
     return {"qweight": pack(layer.codes.t()), "qzeros": pack(layer.zeros.t()), "scales": layer.scales.t()}
 
 
-def compressed(layer: Layer) -> Table:
-    tensors = {
-        "weight_packed": whole_words(layer.codes, layer.bits),
-        "weight_scale": layer.scales,
-        "weight_shape": torch.tensor(layer.codes.shape),
-    }
-    if bool((layer.zeros != 2 ** (layer.bits - 1)).any()):
-        tensors["weight_zero_point"] = whole_words(layer.zeros.t(), layer.bits).t()
-    return tensors
+def compressed(words: Callable = whole_words) -> Callable[[Layer], Table]:
+    """compressed-tensors: `whole_words` or, in newer versions, `streams`."""
+
+    def pack(layer: Layer) -> Table:
+        tensors = {
+            "weight_packed": words(layer.codes, layer.bits),
+            "weight_scale": layer.scales,
+            "weight_shape": torch.tensor(layer.codes.shape),
+        }
+        if bool((layer.zeros != 2 ** (layer.bits - 1)).any()):
+            tensors["weight_zero_point"] = words(layer.zeros.t(), layer.bits).t()
+        return tensors
+
+    return pack
 
 
 def compressed_config(bits: int, group: int, symmetric: bool) -> dict:

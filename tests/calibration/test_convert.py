@@ -49,23 +49,35 @@ def assert_exact(model: Path, layers: dict[str, foreign.Layer], checkpoint: Path
 
 GPTQ = {"quant_method": "gptq", "desc_act": False, "group_size": 32}
 CASES = {
-    "GPTQ": (lambda layers: foreign.gptq(1), lambda bits: GPTQ | {"bits": bits}),
-    "GPTQ v2": (lambda layers: foreign.gptq(0), lambda bits: GPTQ | {"bits": bits, "checkpoint_format": "gptq_v2"}),
+    "GPTQ": (foreign.gptq(1), lambda bits: GPTQ | {"bits": bits}),
+    "GPTQ v2": (foreign.gptq(0), lambda bits: GPTQ | {"bits": bits, "checkpoint_format": "gptq_v2"}),
     "AutoRound": (
-        lambda layers: foreign.gptq(0),
+        foreign.gptq(0),
         lambda bits: {"quant_method": "auto-round", "packing_format": "auto_round:exllamav2", "bits": bits},
     ),
-    "compressed-tensors": (lambda layers: foreign.compressed, lambda bits: foreign.compressed_config(bits, 32, False)),
+    "compressed-tensors": (foreign.compressed(), lambda bits: foreign.compressed_config(bits, 32, False)),
+    "compressed-tensors 0.20": (
+        foreign.compressed(foreign.streams),
+        lambda bits: foreign.compressed_config(bits, 32, False),
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    ("case", "bits"), [("GPTQ", 2), ("GPTQ", 3), ("GPTQ v2", 4), ("AutoRound", 2), ("compressed-tensors", 3)]
+    ("case", "bits"),
+    [
+        ("GPTQ", 2),
+        ("GPTQ", 3),
+        ("GPTQ v2", 4),
+        ("AutoRound", 2),
+        ("compressed-tensors", 3),
+        ("compressed-tensors 0.20", 3),
+    ],
 )
 def test_zero_points(tmp_path, model, case, bits):
     layers = foreign.random_layers(model, bits, 32)
     pack, config = CASES[case]
-    source = foreign.write(model, tmp_path / "source", layers, pack(layers), config(bits))
+    source = foreign.write(model, tmp_path / "source", layers, pack, config(bits))
     report = convert(str(source), str(tmp_path / "out"))
     description = assert_exact(model, layers, tmp_path / "out")
     assert description["quantization_config"]["zero_point"] == "float"
@@ -96,7 +108,7 @@ def test_compressed_tensors_as_their_own_loader_reads_them(tmp_path, model):
     for symmetric in (True, False):
         layers = foreign.random_layers(model, 4, 32, symmetric)
         config = foreign.compressed_config(4, 32, symmetric)
-        source = foreign.write(model, tmp_path / f"source-{symmetric}", layers, foreign.compressed, config)
+        source = foreign.write(model, tmp_path / f"source-{symmetric}", layers, foreign.compressed(), config)
         theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         expected = logits(theirs)
         convert(str(source), str(tmp_path / f"out-{symmetric}"))
@@ -268,7 +280,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize(("config", "message"), CONFIGS)
 def test_refused_settings(tmp_path, model, config, message):
-    refuse(foreign.write(model, tmp_path / "source", {}, foreign.compressed, config), message)
+    refuse(foreign.write(model, tmp_path / "source", {}, foreign.compressed(), config), message)
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q8_0"])

@@ -1,8 +1,9 @@
 """compressed-tensors' `pack-quantized` (llm-compressor).
 
-Layout of a layer [N, K]: `weight_packed` int32 [N, ⌈K / (32 // bits)⌉], 32 // bits codes per word along K;
-`weight_scale` [N, K/group]; `weight_zero_point` int32 [⌈N / (32 // bits)⌉, K/group], along N, where it is asymmetric;
-`weight_shape`. Codes and zero points are stored as signed numbers plus 2^(bits − 1).
+Layout of a layer [N, K]: `weight_packed` int32 [N, words], packed along K; `weight_scale` [N, K/group];
+`weight_zero_point` int32 [words, K/group], packed along N, where it is asymmetric; `weight_shape`. Words of 3 bits hold
+ten whole codes (version 0.17, say), or are a bit stream (0.20); their number tells which. Codes and zero points are
+stored as signed numbers plus 2^(bits − 1).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .layer import Levels, bits_of_words, unpack_words
+from .layer import Levels, find_packing, num_words, unpack_words
 from .source import FolderSource
 
 _FORMAT = "pack-quantized"
@@ -42,25 +43,27 @@ class CompressedTensorsSource(FolderSource):
 
     def bits(self, layer: str) -> int:
         """See `Source`."""
+        return self._packing(layer)[0]
+
+    def _packing(self, layer: str) -> tuple[int, bool]:
         name = f"{layer}.weight_packed"
-        return bits_of_words(name, self.store.shape(name)[1], self.layers[layer][1], straddling=False)
+        return find_packing(name, self.store.shape(name)[1], self.layers[layer][1], True, False)
 
     def levels(self, layer: str) -> Levels:
         """See `Source`."""
-        rows, bits = self.layers[layer][0], self.bits(layer)
+        rows, (bits, dense) = self.layers[layer][0], self._packing(layer)
         groups = self.store.shape(f"{layer}.weight_scale")[-1]
         scales = self.expect(f"{layer}.weight_scale", rows, groups)
         if (name := f"{layer}.weight_zero_point") not in self.store:
             return Levels(scales, torch.full_like(scales, 1 << (bits - 1)))
-        words = self.expect(name, -(-rows // (32 // bits)), groups)
-        return Levels(scales, unpack_words(words.t(), bits, rows).t())
+        words = self.expect(name, num_words(rows, bits, dense), groups)
+        return Levels(scales, unpack_words(words.t(), bits, rows, dense).t())
 
     def codes(self, layer: str) -> torch.Tensor:
         """See `Source`."""
-        rows, columns = self.layers[layer]
-        bits = self.bits(layer)
-        words = self.expect(f"{layer}.weight_packed", rows, -(-columns // (32 // bits)))
-        return unpack_words(words, bits, columns)
+        (rows, columns), (bits, dense) = self.layers[layer], self._packing(layer)
+        words = self.expect(f"{layer}.weight_packed", rows, num_words(columns, bits, dense))
+        return unpack_words(words, bits, columns, dense)
 
 
 def _check(folder: Path, quantization: dict[str, Any]) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from bq_kernels.format import BITS, largest_code
-from bq_kernels.packing import unpack
 
 from ..errors import UserError
-from .layer import Levels, bits_of_words
+from .layer import Levels, find_packing, num_words, unpack_words
 from .source import FolderSource
 
 
@@ -33,6 +32,7 @@ class GptqSource(FolderSource):
 
     codes_suffix = "qweight"
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
+    dense = True  # words are a bit stream
 
     def __init__(self, folder: Path, config: dict[str, Any], quantization: dict[str, Any]):
         self.zero_offset, self.method = _packing(folder, quantization)
@@ -63,13 +63,14 @@ class GptqSource(FolderSource):
     def bits(self, layer: str) -> int:
         """See `Source`."""
         name = f"{layer}.qweight"
-        return bits_of_words(name, self.store.shape(name)[0], self.layers[layer][1], straddling=True)
+        return find_packing(name, self.store.shape(name)[0], self.layers[layer][1], self.dense)[0]
 
     def levels(self, layer: str) -> Levels:
         """See `Source`."""
         rows, columns = self.layers[layer]
         bits, groups = self.bits(layer), columns // self._group(layer)
-        stored = unpack(self.expect(f"{layer}.qzeros", groups, rows * bits // 32), bits)
+        words = self.expect(f"{layer}.qzeros", groups, num_words(rows, bits, self.dense))
+        stored = unpack_words(words, bits, rows, self.dense)
         if self.zero_offset and bool((stored == largest_code(bits)).any()):
             raise UserError(
                 f"{layer}.qzeros: holds zero points of 0 as −1, which packages read in different ways; save the "
@@ -81,8 +82,9 @@ class GptqSource(FolderSource):
     def codes(self, layer: str) -> torch.Tensor:
         """See `Source`."""
         rows, columns = self.layers[layer]
-        words = self.expect(f"{layer}.qweight", columns * self.bits(layer) // 32, rows)
-        return unpack(words.t().contiguous(), self.bits(layer))
+        bits = self.bits(layer)
+        words = self.expect(f"{layer}.qweight", num_words(columns, bits, self.dense), rows)
+        return unpack_words(words.t().contiguous(), bits, columns, self.dense)
 
 
 def _packing(folder: Path, quantization: dict[str, Any]) -> tuple[int, str]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from bq_kernels.format import BITS, largest_code, midrise_zero
-from bq_kernels.packing import pack
+from bq_kernels.packing import pack, unpack
+from torch.nn.functional import pad
 
 from ..errors import UserError
 
@@ -88,34 +89,33 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat([pack(rows, bits) for rows in codes.split(_ROWS)])
 
 
-def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Codes of words that hold 32 // bits whole codes each, the first in the lowest bits; 3 bits leave two bits unused.
-
-    Args:
-        words: int32 [..., ⌈count / (32 // bits)⌉].
-        bits: bits per code.
-        count: codes per row.
-
-    Returns:
-        uint8 [..., count].
-    """
-    shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
-    return ((words.unsqueeze(-1) >> shifts) & largest_code(bits)).flatten(-2)[..., :count].to(torch.uint8)
+def num_words(count: int, bits: int, dense: bool) -> int:
+    """int32 words of `count` codes: of a bit stream if `dense`, else of words with 32 // bits whole codes each."""
+    return -(-count * bits // 32) if dense else -(-count // (32 // bits))
 
 
-def bits_of_words(name: str, words: int, count: int, *, straddling: bool) -> int:
-    """Bits per code that the number of int32 words of `count` codes implies.
+def find_packing(name: str, words: int, count: int, *dense: bool) -> tuple[int, bool]:
+    """Bits per code, and whether the words are a bit stream, that the number of words implies.
 
     Args:
         name: of the tensor, for messages.
-        words: number of words.
+        words: number of int32 words.
         count: number of codes.
-        straddling: whether a code of 3 bits may cross words.
+        dense: packings to think of.
 
     Raises:
-        UserError: if none of the format's does.
+        UserError: if neither fits with bits that the format has.
     """
-    for bits in BITS:
-        if words == (count * bits // 32 if straddling else -(-count // (32 // bits))):
-            return bits
+    for stream in dense:
+        for bits in BITS:
+            if words == num_words(count, bits, stream):
+                return bits, stream
     raise UserError(f"{name}: {words} words for {count} codes; the format holds codes of {list(BITS)} bits")
+
+
+def unpack_words(words: torch.Tensor, bits: int, count: int, dense: bool) -> torch.Tensor:
+    """Codes, uint8 [..., count], of int32 [..., num_words(count, bits, dense)], the first in the lowest bits."""
+    if dense:
+        return unpack(pad(words, (0, -words.shape[-1] % bits)), bits)[..., :count]
+    shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
+    return ((words.unsqueeze(-1) >> shifts) & largest_code(bits)).flatten(-2)[..., :count].to(torch.uint8)
