@@ -26,7 +26,7 @@ from .conftest import make_model
 from .test_calibrate import run
 
 SMALL = {"group_size": 32, "rotation_block": 32, "samples": 4, "seqlen": 32, "steps": 3}
-COMMANDS = ("calibrate", "evaluate", "inspect")
+COMMANDS = ("calibrate", "convert", "evaluate", "inspect")
 
 
 def command(name: str, *arguments: object) -> subprocess.CompletedProcess:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import bq_calibration.hf  # noqa: F401 teaches transformers the format
@@ -13,6 +14,7 @@ from bq_calibration.hf import ButterflyLinear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..vllm.test_engine import run_engines
 from . import foreign
 
 IDS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -391,3 +393,26 @@ def test_the_command(tmp_path, model, monkeypatch, capsys):
     assert code == 1 and "exists and is not empty" in shown
     code, shown = command(source, "-o", tmp_path / "second")
     assert code == 0 and "2.500 bits per weight" in " ".join(shown.split())
+
+
+# ---- in vLLM
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm(tmp_path, model):
+    """Greedy tokens of conversions are those of transformers, for all sources in one process."""
+    ternary = foreign.gguf_layers(model, "PTQ1_0")
+    sources = {
+        "gptq": plain_gptq(model, tmp_path / "source", foreign.random_layers(model, 2, 64)),
+        "ternary": foreign.write_gguf(model, tmp_path / "tiny.gguf", ternary, "PTQ1_0"),
+    }
+    prompts, jobs, expected = IDS[:, :8].tolist(), [], []
+    for name, source in sources.items():
+        convert(str(source), str(tmp_path / name))
+        jobs.append({"model": str(tmp_path / name), "prompts": prompts, "max_tokens": 6})
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        settings = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        expected.append([loaded.generate(torch.tensor([p]), **settings)[0, 8:].tolist() for p in prompts])
+    answers, _ = run_engines(tmp_path, jobs)
+    assert [[answer["tokens"] for answer in job["base"]] for job in answers] == expected

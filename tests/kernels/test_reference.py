@@ -90,6 +90,15 @@ def test_gradients(block_size):
         torch.testing.assert_close(angles.grad.double(), angles64.grad, atol=3e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("log_size", [2, 6, 10])
+def test_hadamard_is_sylvesters_behind_thue_morse_signs(log_size):
+    size = 2**log_size
+    sign = lambda number: (-1.0) ** number.bit_count()  # noqa: E731
+    wanted = torch.tensor([[sign(row & column) * sign(column) for column in range(size)] for row in range(size)])
+    found = reference.rotate(torch.eye(size), reference.hadamard_angles(size, size), size).T
+    torch.testing.assert_close(found * size**0.5, wanted, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 64, 96, 576])
 def test_hadamard_angles(block_size):
     angles = reference.hadamard_angles(2 * block_size, block_size)

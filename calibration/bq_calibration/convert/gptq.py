@@ -98,7 +98,7 @@ def _packing(folder: Path, quantization: dict[str, Any]) -> tuple[int, str]:
         packing = quantization.get("packing_format", "auto_round")
         if quantization.get("act_bits", 16) not in (16, None) or quantization.get("data_type", "int") != "int":
             raise UserError(f"{folder}: activations or weights that are not integers; only weight-only int is held")
-        offsets = {"auto_round:auto_gptq": 1, "auto_round": 0, "auto_round:exllamav2": 0, "auto_round:gptqmodel": 0}
+        offsets = {"auto_round:auto_gptq": 1, "auto_round": 0, "auto_round:exllamav2": 0}
         if packing not in offsets:
             raise UserError(f"{folder}: packing_format {packing!r} is not read; known are {', '.join(offsets)}")
         return offsets[packing], f"AutoRound, packed as {packing}"
