@@ -11,6 +11,7 @@ import torch
 from bq_kernels.format import QuantConfig
 from rich.progress import Progress
 
+from . import parallel
 from .block import TOKENS_PER_BATCH, Block
 from .compute import dtype_name, operations_per_second
 from .errors import UserError, explain
@@ -100,7 +101,7 @@ class Plan:
         bits_per_weight: of the linear layers, all that is stored counted.
         checkpoint_bytes: of all tensors of the checkpoint.
         disk_bytes: free space that the run needs, unfinished work included.
-        memory_bytes: main memory, or memory of the GPU, about.
+        memory_bytes: main memory, or memory of the GPU, about; per process.
         operations: floating-point operations, about.
     """
 
@@ -171,7 +172,7 @@ def _memory(source: SourceModel, recipe: Recipe, weights: int, features: int, bu
     item = source.dtype.itemsize
     widest = max(source.empty_block(0).in_features(group) for group in source.groups)
     corrects = bool(recipe.correction)
-    states = _states(source, recipe) * (1 + bool(recipe.block_tokens or corrects) + corrects)
+    states = _states(source, recipe) * (1 + bool(recipe.block_tokens or corrects) + corrects) // parallel.size()
     layer = (18 if recipe.block_tokens else 10 + item * corrects) * weights
     layer += 40 * widest**2 + TOKENS_PER_BATCH * features * item
     blocks = PROCESS + states + layer

@@ -9,6 +9,7 @@ from bq_kernels.format import QuantConfig
 from bq_kernels.reference import angles_of
 from torch import nn
 
+from . import parallel
 from .block import Block
 from .model import SourceModel
 from .quantized_linear import QuantizedLinear, SharedRotation, as_stored
@@ -118,7 +119,7 @@ class Trainable:
 
 
 class Student(Trainable):
-    """The quantized model, whole and trainable.
+    """The quantized model, whole and trainable. Codes that are trained are sharded over the processes.
 
     Args:
         source: the 16-bit model.
@@ -153,8 +154,10 @@ class Student(Trainable):
             self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
         for block in blocks:
             self.replace_linears(block, packed)
+            self._shard(block.module)  # at once, so that one layer's codes are whole at a time
         self.replace_norms(self.decoder, prefix)
         self.decoder.to(source.device).train()
+        self._shard(self.decoder)
         # a tensor of its own, so that an embedding which it is tied to stays float32
         head = {name: source.store.get(source.head_prefix + name) for name in self.head.state_dict()}
         self.head.load_state_dict({name: t.to(source.training_dtype) for name, t in head.items()}, assign=True)
@@ -164,6 +167,12 @@ class Student(Trainable):
         return name.startswith(f"{self.source.decoder_name}.layers.") and any(
             name.endswith(layer + ".weight") for group in self.source.groups for layer in group.layers
         )
+
+    def _shard(self, module: nn.Module) -> None:
+        if self.train_codes and parallel.size() > 1:
+            layers = (layer for layer in module.modules() if isinstance(layer, QuantizedLinear))
+            codes = [] if module is self.decoder else [layer.codes for layer in layers]
+            parallel.shard(module, codes, self.source.device)
 
     def compile(self, tokens: torch.Tensor) -> None:
         """Compile every decoder layer, unless that fails or gives other states than the eager layers do.
