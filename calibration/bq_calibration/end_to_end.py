@@ -6,6 +6,7 @@ straight-through quantizer; frozen ones stay packed.
 
 from __future__ import annotations
 
+import gc
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,23 @@ def held_out(student: Student, text: TrainingText, teacher: StoredTeacher | Resi
     return parallel.total(total).item() / (text.held_out * text.tokens.shape[1])
 
 
+def _make_student(
+    source: SourceModel,
+    config: QuantConfig,
+    recipe: Recipe,
+    packed: TensorStore,
+    text: TrainingText,
+    plan: TrainingPlan,
+) -> Student:
+    latent = latent_dtype(plan.optimizer_bits)
+    student = Student(source, config, packed, recipe.train_codes, latent, plan.recompute)
+    if plan.compile and not student.compile(text.tokens[: plan.micro_batch].to(source.device, torch.int64)):
+        del student
+        gc.collect()  # before there is another: its layers refer to each other in circles
+        student = Student(source, config, packed, recipe.train_codes, latent, plan.recompute)
+    return student
+
+
 def train_model(
     source: SourceModel,
     config: QuantConfig,
@@ -195,12 +213,7 @@ def train_model(
         the tensors that the checkpoint holds now in place of `packed`, and for the report the course of the training.
     """
     rates = rates | {"codes": recipe.code_lr}
-    student = Student(
-        source, config, packed, recipe.train_codes, latent_dtype(plan.optimizer_bits), recompute=plan.recompute
-    )
-    size = plan.samples_per_step
-    if plan.compile:
-        student.compile(text.tokens[: plan.micro_batch].to(source.device, torch.int64))
+    student, size = _make_student(source, config, recipe, packed, text, plan), plan.samples_per_step
     tokens_per_step = size * text.tokens.shape[1]
 
     def step_loss(step: int) -> torch.Tensor:

@@ -174,11 +174,15 @@ class Student(Trainable):
             codes = [] if module is self.decoder else [layer.codes for layer in layers]
             parallel.shard(module, codes, self.source.device)
 
-    def compile(self, tokens: torch.Tensor) -> None:
-        """Compile every decoder layer, unless that fails or gives other states than the eager layers do.
+    def compile(self, tokens: torch.Tensor) -> bool:
+        """Compile every decoder layer.
 
         Args:
             tokens: int64 [samples, seqlen], to try it on; of the shape of later calls.
+
+        Returns:
+            whether that works and gives the states of the eager layers. If not, a log line says why, and the student
+            is spoilt: where a pass ends in the middle, sharded codes stay gathered.
         """
         with torch.no_grad():
             eager = self.states(tokens)
@@ -192,11 +196,11 @@ class Student(Trainable):
                 raise RuntimeError(f"the compiled layers are off by {error:.1e}")
         except Exception as error:  # whatever a compiler raises: the eager layers are always right
             logger.warning("decoder layers are not compiled: %s", " ".join(str(error).split())[:300])
-            for layer in self.decoder.layers:
-                layer._compiled_call_impl = None
+            return False
         for parameters in self.parameters().values():
             for parameter in parameters:
                 parameter.grad = None
+        return True
 
     def states(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states in front of the LM head, [samples, seqlen, hidden]."""

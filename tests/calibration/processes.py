@@ -1,11 +1,12 @@
 """Runs of several processes each, forked from one that has loaded torch: `python processes.py JOBS`, JOBS a JSON list.
 
-A job is {"processes", "arguments" of `calibrate`, "interrupted": step of the training at which Ctrl-C comes, or absent}.
-Prints the exit codes of every job's processes.
+A job is {"processes", "arguments" of `calibrate`}, and perhaps "interrupted": the step of the training at which Ctrl-C
+comes, and "begun": the unfinished work of another run to go on from. Prints the exit codes of every job's processes.
 """
 
 import json
 import os
+import shutil
 import socket
 import sys
 import traceback
@@ -18,7 +19,7 @@ parallel.LAST_WORDS = 0.1
 
 
 def interrupt_at(wanted: int) -> None:
-    """Raise KeyboardInterrupt at a step of the training; the state is saved at every step before."""
+    """Raise KeyboardInterrupt at a step of the training; the state is saved after every step before."""
     step = train.Training._step
     train.SAVE_EVERY = 0
 
@@ -49,6 +50,8 @@ def process(rank: int, job: dict, port: int) -> int:
 
 
 def run(job: dict) -> list[int]:
+    if "begun" in job:
+        shutil.copytree(job["begun"], job["arguments"]["out"] + ".partial")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
