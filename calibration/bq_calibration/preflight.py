@@ -21,6 +21,7 @@ from .recipes import Recipe
 from .rotation import MOST_ROWS
 from .training_plan import PROCESS, training_plan
 
+MOST_STATES = 2**34  # bytes of the teacher's states on disk: larger ones are rarely within a budget of memory
 _CHUNK = 2**24  # bytes that are hashed at a time
 
 
@@ -161,7 +162,9 @@ def _disk(source: SourceModel, config: QuantConfig, recipe: Recipe, checkpoint: 
         trained = weights if recipe.train_codes else weights // config.group(source.text_config.hidden_size)
         moments = 12 if recipe.optimizer_bits == 32 else 5  # value and moments, per parameter
         files = 2 + (recipe.schedule == "wsd")  # while a file is replaced it is there twice
-        needed += _states(source, recipe) + packed + files * moments * trained
+        text = recipe.text_samples * recipe.seqlen
+        states = text * source.text_config.hidden_size * source.dtype.itemsize
+        needed += min(states, MOST_STATES) + 4 * text + packed + files * moments * trained
     return needed
 
 
@@ -185,7 +188,7 @@ def _memory(source: SourceModel, recipe: Recipe, weights: int, features: int, bu
         )
     if not recipe.train_tokens:
         return blocks
-    return max(blocks, training_plan(source, recipe, recipe.windows, budget).memory_bytes)
+    return max(blocks, training_plan(source, recipe, budget).memory_bytes)
 
 
 def _operations(block: Block, recipe: Recipe, count: int) -> float:

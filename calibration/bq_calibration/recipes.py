@@ -142,6 +142,21 @@ class Recipe:
         """Sequences that the run asks for, those that are held out among them."""
         return max(self.samples, self.train_samples) + self.held_out if self.trains else self.samples
 
+    @property
+    def samples_per_step(self) -> int:
+        """Sequences per step of end-to-end training."""
+        return max(1, self.tokens_per_step // self.seqlen)
+
+    @property
+    def train_steps(self) -> int:
+        """Steps of end-to-end training."""
+        return -(-self.train_tokens // (self.samples_per_step * self.seqlen))
+
+    @property
+    def text_samples(self) -> int:
+        """Sequences of the text of end-to-end training, those that are held out among them."""
+        return self.windows if self.mix is None else self.held_out + self.train_steps * self.samples_per_step
+
     def fitted(self, windows: int) -> Recipe:
         """The recipe for data of fewer sequences than it asks for: nothing that is held out is rounded or trained on.
 
@@ -174,6 +189,19 @@ RECIPES: dict[str, Recipe] = {
         seqlen=512,
         block_tokens=245_760,
         train_tokens=327_680,
+    ),
+    # codes trained end to end on as many tokens as a GPU gets through in minutes to hours; blocks need no training of
+    # their own then. Not measured: no GPU has run it
+    "max": Recipe(
+        rotation="hadamard",
+        refine=2,
+        compare=False,
+        held_out=16,
+        train_tokens=30_000_000,
+        train_codes=True,
+        tokens_per_step=32_768,
+        schedule="wsd",
+        mix="c4:2,wikitext2:1,self:4",
     ),
     # arXiv 2509.09679: full width, identity start, Adam at 0.01 for at most 500 steps, uniformity on, 128 samples
     "paper": Recipe(
