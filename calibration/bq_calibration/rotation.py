@@ -110,7 +110,9 @@ def output_loss(problem: RotationProblem, rotation: ButterflyRotation) -> torch.
     soft = level.clamp(-centre, centre)
     quantized = (step * (soft + (hard - soft).detach())).flatten(1)
     error = problem.weight - rotation.inverse(quantized)
-    return ((error @ problem.hessian) * error).sum() / problem.output_energy
+    with torch.no_grad():
+        pull = error @ problem.hessian  # half the gradient of tr(E H Eᵀ), which is ⟨pull, E⟩: one product serves both
+    return (pull * (2 * error - error.detach())).sum() / problem.output_energy
 
 
 def gptq_loss(problem: RotationProblem, rotation: ButterflyRotation) -> torch.Tensor:
