@@ -277,11 +277,16 @@ def _fit(
     return torch.where(better, fitted, scale), torch.where(better, shifted, zero), pull
 
 
-def output_energy(w: torch.Tensor, hessian: torch.Tensor) -> float:
-    """‖W x‖² summed over the tokens behind the Hessian; the same in every rotated basis."""
-    return float(((w @ hessian) * w).sum())
+def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """tr(W H Wᵀ), the mean of ‖W x‖² over tokens, for float32 [N, K]; the same in every rotated basis.
+
+    Value and gradient take one product with H together.
+    """
+    with torch.no_grad():
+        half = weight @ hessian  # half of the gradient, for H is symmetric
+    return (half * (2 * weight - weight.detach())).sum()
 
 
 def output_error(w: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
     """Relative output error ‖(W − Ŵ) x‖² / ‖W x‖² summed over the tokens behind the Hessian."""
-    return output_energy(rounded - w, hessian) / output_energy(w, hessian)
+    return float(output_energy(rounded - w, hessian) / output_energy(w, hessian))

@@ -127,13 +127,13 @@ def _round_and_compare(
         if name != kind:
             turned, basis = rotated(rows, hessian, simpler, block_size)
             rounded = round_weight(turned, basis, bits, config, recipe).weight()
-            errors[name] = output_energy(rounded - turned, basis) / energy
+            errors[name] = float(output_energy(rounded - turned, basis) / energy)
     weight, hessian = rotated(weight, hessian, angles, block_size)
     rounded = round_weight(weight, hessian, bits, config, recipe)
     refined = refine(rounded, weight, hessian, recipe.refine)
 
     def error(quantized: Quantized) -> float:
-        return output_energy(spread_rows(quantized.weight() - weight, MOST_ROWS), hessian) / energy
+        return float(output_energy(spread_rows(quantized.weight() - weight, MOST_ROWS), hessian) / energy)
 
     errors[kind] = error(rounded)
     order = ("none", "hadamard", "butterfly")
