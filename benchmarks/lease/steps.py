@@ -47,12 +47,18 @@ class Plan:
         rehearse: tiny shapes, on a CPU too.
         checkpoint: for the comparison with transformers; by default the one that the step `calibration` makes.
         text: what the comparison reads; by default what that step's model has sampled.
+        model: 16-bit model to train; by default that step's, which is random.
+        mix: its text, as for `bq-calibrate --mix`.
+        tests: texts for its perplexity.
     """
 
     out: Path
     rehearse: bool = False
     checkpoint: Path | None = None
     text: Path | None = None
+    model: Path | None = None
+    mix: str = "self"
+    tests: str = "wikitext2,c4"
 
     def script(self, name: str, *arguments: object) -> tuple[str, ...]:
         """A call of a script in benchmarks/."""
@@ -129,6 +135,29 @@ def _serving(plan: Plan) -> Step:
     )
 
 
+def _training(plan: Plan) -> Step:
+    """The ladder of tokens on a real model; in a rehearsal on the random one of the step `calibration`."""
+    work, result = plan.out / "calibration", plan.out / "training.json"
+    model, text = plan.model or work / "fp16", work / "text.txt"
+    changes: dict[str, object] = {"dataset": plan.mix, "mix": plan.mix}
+    windows: tuple[object, ...] = ()
+    if plan.rehearse:
+        changes = {"dataset": text, "mix": text, "samples": 4, "seqlen": 32, "held_out": 2, "tokens_per_step": 128}
+        windows = ("--context", 32, "--windows", 2)
+    settings = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
+    rungs, tests = ("1k,2k", text) if plan.rehearse else ("4M,12M,30M", plan.tests)
+    common = ("--recipe", "max", "--rungs", rungs, "--perplexity", tests, *windows, "--minutes", MINUTES)
+    return Step(
+        name="training",
+        purpose="perplexity by tokens of end-to-end training",
+        command=plan.script("ladder.py", model, *common, *settings, "--out", plan.out / "ladder", "--json", result),
+        seconds=540,
+        least=120,
+        needs=(model, text) if plan.rehearse else (GPU, plan.model or "--model, --mix and --tests"),
+        result=result,
+    )
+
+
 def _model_steps(plan: Plan) -> list[Step]:
     gpu, out, work = (() if plan.rehearse else (GPU,)), plan.out, plan.out / "calibration"
     smoke = ("smoke", "--blocks", 1, "--device", "cpu", "--samples", 4, "--seqlen", 64)
@@ -148,6 +177,7 @@ def _model_steps(plan: Plan) -> list[Step]:
             needs=gpu,
             result=out / "calibration.json",
         ),
+        _training(plan),
         Step("sanitizer", "every kernel under compute-sanitizer", (*sanitizer, *tiny), 90, 30, (GPU, sanitizer[0])),
         Step(
             name="parity",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ from rich.progress import Progress
 
 from . import preflight
 from .data import gather_tokens
-from .distill import train_end_to_end
-from .errors import UserError
+from .end_to_end import CURVE, TrainingText, train_end_to_end
+from .errors import UserError, explain_write
 from .export import export, write_checksums
 from .files import warn_of_large_files
 from .logs import log_to
 from .model import SourceModel
 from .model_card import write_model_card
-from .quantize_blocks import quantize_blocks
+from .quantize_blocks import BLOCKS, quantize_blocks
 from .recipes import Recipe, quant_config
 from .report import run_facts, write_report
 from .sensitivity import mixed_bits
+from .training_plan import free_memory
+from .training_text import check_training_text, training_rows
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,9 @@ class Calibration:
         resume: go on from an earlier, interrupted run.
         plots: draw pictures of the report into the checkpoint.
         compute_dtype: see `compute.compute_dtypes`.
+        memory_budget: bytes that the run may take; None for most of what is free.
+        extends: kept work of a run with fewer training tokens.
+        keep_work: leave the work in `OUT.work` for a longer run.
 
     Raises:
         UserError: when the model, the settings or the output folder will not do.
@@ -54,9 +60,13 @@ class Calibration:
         resume: bool = False,
         plots: bool = True,
         compute_dtype: str = "auto",
+        memory_budget: int | None = None,
+        extends: Path | None = None,
+        keep_work: bool = False,
     ):
         self.recipe, self.device, self.plots = recipe, torch.device(device), plots
-        self.workspace = Workspace(Path(out), resume)
+        self.memory_budget = memory_budget or free_memory(self.device)
+        self.workspace, self.keep_work = Workspace(Path(out), resume, extends), keep_work
         self.source = SourceModel(model, self.device, compute_dtype, recipe.unquantized_dtype)
         self.config = self._format()
 
@@ -66,15 +76,17 @@ class Calibration:
         Raises:
             UserError: naming the problem; finished blocks are kept for a run with `resume`.
         """
+        if not self.workspace.path.exists():  # else an earlier run has checked it, and may have all it needs
+            check_training_text(self.recipe)
         settings = {"model": str(self.source.folder.resolve()), **self.recipe.to_dict()}
         settings["compute_dtype"] = self.source.compute.to_dict()
         settings["source_sha256"] = preflight.source_fingerprint(self.source, progress)
-        settings["data_sha256"] = preflight.data_fingerprint(self.recipe.dataset, progress)
-        plan, work = preflight.plan(self.source, self.config, self.recipe), self.workspace
+        settings["data_sha256"] = preflight.data_fingerprint(self.recipe, progress)
+        plan, work = preflight.plan(self.source, self.config, self.recipe, self.memory_budget), self.workspace
         with work.opened(settings, plan.disk_bytes), log_to(work.log):
             logger.info("%s: %s", self.source.name, settings)
             warn_of_large_files(self.source.folder)
-            if not work.resumed:
+            if not work.resumed and work.extends is None:
                 preflight.check_weights(self.source, progress)
             tokens = work.tensors("tokens", lambda: {"tokens": gather_tokens(self.source, self.recipe, progress)})
             tokens = self._fitted(tokens["tokens"])
@@ -82,7 +94,10 @@ class Calibration:
             report = self._stages(tokens, progress)
             bits, seconds = report["totals"]["bits_per_weight"], report["run"]["wall_seconds"]
             logger.info("%s: %.3f bits per weight, %.0f s", work.out, bits, seconds)
-        work.remove()
+        if self.keep_work:
+            work.keep()
+        else:
+            work.remove()
         return report
 
     def dry_run(self, progress: Progress) -> dict[str, Any]:
@@ -94,7 +109,8 @@ class Calibration:
         Raises:
             UserError: naming the problem.
         """
-        plan = preflight.plan(self.source, self.config, self.recipe)
+        check_training_text(self.recipe)
+        plan = preflight.plan(self.source, self.config, self.recipe, self.memory_budget)
         self.workspace.check_free(plan.disk_bytes)
         warn_of_large_files(self.source.folder)
         preflight.check_weights(self.source, progress)
@@ -127,11 +143,15 @@ class Calibration:
             bits = work.json("module_bits", lambda: mixed_bits(source, self.config, recipe, tokens, progress))
             self.config = dataclasses.replace(self.config, module_bits=bits)
         blocks = quantize_blocks(source, self.config, recipe, tokens, work, progress)
-        tensors, stages = train_end_to_end(source, self.config, recipe, tokens, work, "blocks", progress)
+        tensors, stages = self._train(tokens, progress)
         final = work.path / "final"
         export(source, tensors, self.config, final)
         used = tokens.numel() - recipe.held_out * tokens.shape[1] * recipe.trains
         report = write_report(final, source, self.config, recipe, used, blocks, stages, run_facts(source, work))
+        if recipe.train_tokens:
+            with explain_write(final):
+                (final / "report").mkdir()
+                shutil.copyfile(work.path / CURVE, final / "report" / CURVE)
         write_model_card(final, source, self.config, report)
         if self.plots:
             from .plots import write_plots  # matplotlib takes a second to load
@@ -140,6 +160,21 @@ class Calibration:
         write_checksums(final)
         work.publish(final)
         return report
+
+    def _train(self, windows: torch.Tensor, progress: Progress) -> tuple[Path, list[dict[str, Any]]]:
+        """The end-to-end stage on the recipe's mix, or on the windows that the blocks have seen."""
+        recipe, mixed = self.recipe, None
+        if recipe.train_tokens and recipe.mix is not None:
+            mixed = training_rows(self.source, recipe, recipe.text_samples, self.workspace, progress)
+            text = TrainingText(mixed.tokens, recipe.held_out, shuffled=False)
+        else:
+            count = len(windows) - recipe.held_out
+            text = TrainingText(torch.cat((windows[count:], windows[:count])), recipe.held_out, shuffled=True)
+        arguments = (self.source, self.config, recipe, text, self.workspace, BLOCKS, self.memory_budget, progress)
+        tensors, stages = train_end_to_end(*arguments)
+        if mixed is not None:
+            stages[-1]["text"] = mixed.report
+        return tensors, stages
 
     def _format(self) -> QuantConfig:
         """The checkpoint's format, checked against the shapes of the model's layers."""

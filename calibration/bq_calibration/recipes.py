@@ -6,6 +6,7 @@ Nothing here imports torch: the flags of the command are generated from `Recipe`
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,11 @@ from bq_kernels.format import BITS, ROTATION_KINDS, ZERO_POINTS, FormatError, Qu
 
 from .architecture import InputGroup
 from .errors import UserError
+from .schedule import SCHEDULES
 
 FORMAT, ROTATION, ROUNDING, TRAINING, DATA = "Format", "Rotation", "Rounding", "Training", "Data"  # sections of --help
+
+OPTIMIZER_BITS = (32, 8)
 
 
 def _setting(
@@ -25,9 +29,10 @@ def _setting(
     choices: tuple = (),
     least: float | None = None,
     most: float | None = None,
+    tokens: bool = False,
 ) -> Any:
-    """A field of Recipe: its default, its section and text in --help, and the values that it takes."""
-    metadata = {"section": section, "text": text, "choices": choices, "least": least, "most": most}
+    """A field of Recipe: its default, its section and text in --help, the values it takes, whether it counts tokens."""
+    metadata = {"section": section, "text": text, "choices": choices, "least": least, "most": most, "tokens": tokens}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -83,16 +88,44 @@ class Recipe:
     compare: bool = _setting(
         True, ROUNDING, "Also measure simpler rotations for the report, up to a third of the time of rounding."
     )
-    reconstruct: int = _setting(
-        0, TRAINING, "Block-wise QAT (Block-AP): steps per decoder layer; 18 bytes per weight of one layer.", least=0
+    block_tokens: int = _setting(
+        0, TRAINING, "Block-wise QAT (Block-AP): tokens per decoder layer.", least=0, tokens=True
     )
-    finetune: int = _setting(
-        0, TRAINING, "End-to-end QAT: steps, codes included; 18 bytes per weight of the model.", least=0
+    train_tokens: int = _setting(0, TRAINING, "End-to-end training: tokens.", least=0, tokens=True)
+    train_codes: bool = _setting(
+        False, TRAINING, "Codes move in end-to-end training; else only scales, zeros, angles and norms."
     )
-    distill: int = _setting(
-        0, TRAINING, "End-to-end training of all but the codes (E2E-QP): steps; 0.6 bytes per weight.", least=0
+    tokens_per_step: int = _setting(2048, TRAINING, "End-to-end training: tokens per step.", least=1, tokens=True)
+    schedule: str = _setting(
+        "cosine",
+        TRAINING,
+        "Learning rates fall all the way, or (wsd) in the last fifth: such a run can be extended.",
+        choices=SCHEDULES,
+    )
+    code_lr: float = _setting(
+        5e-3, TRAINING, "Peak learning rate of codes in end-to-end training, in steps of theirs.", least=0, most=1
+    )
+    optimizer_bits: int = _setting(
+        32, TRAINING, "Bits of the moments of codes; with 8 the codes themselves take 16.", choices=OPTIMIZER_BITS
+    )
+    compile: str = _setting(
+        "auto",
+        TRAINING,
+        "Compile decoder layers for end-to-end training; auto does on a GPU.",
+        choices=("auto", "on", "off"),
     )
     dataset: str = _setting("c4", DATA, "wikitext2, c4, self, a .txt/.jsonl/.parquet file; or several: A,B.")
+    mix: str | None = _setting(
+        None,
+        DATA,
+        "Text of end-to-end training, rows shared out by weight: NAME[:WEIGHT],…, each as for --dataset or org/name of "
+        "the Hub; else the sequences of --dataset.",
+    )
+    decontaminate: str | None = _setting(
+        None,
+        DATA,
+        "Evaluation texts to keep out of --mix: A,B, or none; wikitext2 and c4 if it takes text from the Hub.",
+    )
     samples: int = _setting(128, DATA, "Sequences for rounding.", least=1)
     train_samples: int = _setting(128, DATA, "Sequences for training, those for rounding among them.", least=1)
     held_out: int = _setting(8, DATA, "Further sequences on which the report measures what training gains.", least=0)
@@ -102,17 +135,27 @@ class Recipe:
     @property
     def trains(self) -> bool:
         """Whether blocks or the whole model are trained."""
-        return bool(self.reconstruct) or self.trains_end_to_end
-
-    @property
-    def trains_end_to_end(self) -> bool:
-        """Whether the whole model is trained once its blocks are done."""
-        return bool(self.finetune or self.distill)
+        return bool(self.block_tokens or self.train_tokens)
 
     @property
     def windows(self) -> int:
         """Sequences that the run asks for, those that are held out among them."""
         return max(self.samples, self.train_samples) + self.held_out if self.trains else self.samples
+
+    @property
+    def samples_per_step(self) -> int:
+        """Sequences per step of end-to-end training."""
+        return max(1, self.tokens_per_step // self.seqlen)
+
+    @property
+    def train_steps(self) -> int:
+        """Steps of end-to-end training."""
+        return -(-self.train_tokens // (self.samples_per_step * self.seqlen))
+
+    @property
+    def text_samples(self) -> int:
+        """Sequences of the text of end-to-end training, those that are held out among them."""
+        return self.windows if self.mix is None else self.held_out + self.train_steps * self.samples_per_step
 
     def fitted(self, windows: int) -> Recipe:
         """The recipe for data of fewer sequences than it asks for: nothing that is held out is rounded or trained on.
@@ -144,8 +187,21 @@ RECIPES: dict[str, Recipe] = {
         samples=128,
         train_samples=640,
         seqlen=512,
-        reconstruct=480,
-        distill=160,
+        block_tokens=245_760,
+        train_tokens=327_680,
+    ),
+    # codes trained end to end on as many tokens as a GPU gets through in minutes to hours; blocks need no training of
+    # their own then. Not measured: no GPU has run it
+    "max": Recipe(
+        rotation="hadamard",
+        refine=2,
+        compare=False,
+        held_out=16,
+        train_tokens=30_000_000,
+        train_codes=True,
+        tokens_per_step=32_768,
+        schedule="wsd",
+        mix="c4:2,wikitext2:1,self:4",
     ),
     # arXiv 2509.09679: full width, identity start, Adam at 0.01 for at most 500 steps, uniformity on, 128 samples
     "paper": Recipe(
@@ -155,6 +211,18 @@ RECIPES: dict[str, Recipe] = {
         uniformity=0.1,
     ),
 }
+
+
+def parse_tokens(text: str | int) -> int:
+    """A number of tokens: 4096, 300k, 30M, 1.5B.
+
+    Raises:
+        UserError: for anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", str(text).strip())
+    if not found:
+        raise UserError(f"{text}: expected a number of tokens such as 4096, 300k, 30M or 1.5B")
+    return round(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[found[2]])
 
 
 def flag(field: str) -> str:
