@@ -10,8 +10,8 @@ from bq_kernels.reference import hadamard_angles, rotate
 
 from . import analysis
 from .architecture import InputGroup
-from .block import Block, InputStatistics, Original
-from .quantize import Quantized, corrected, output_error, refine, round_gptq, round_nearest
+from .block import Block, Original
+from .quantize import Quantized, corrected, output_energy, refine, round_gptq, round_nearest
 from .recipes import Recipe
 from .rotation import MOST_ROWS, ButterflyRotation, RotationProblem, initial_angles, learn_rotation
 from .sampling import derive_seed, spread_rows
@@ -41,12 +41,13 @@ def quantize_block(
     reports = []
     for place, group in enumerate(block.groups):
         statistics, weight = block.capture(hidden, group, original), block.weight(group)
+        hessian = statistics.hessian
         if original is not None:
-            weight = corrected(weight, statistics.hessian, statistics.drift, recipe.correction)
+            weight = corrected(weight, hessian, statistics.drift, recipe.correction)
         seed = derive_seed(recipe.seed, block.index, place)
         bits = config.bits_of(block.prefix + group.layers[0])
-        angles, losses = _angles(group, weight, statistics, bits, config, recipe, seed)
-        quantized, errors = _round_and_compare(group, weight, statistics.hessian, angles, bits, config, recipe)
+        angles, losses = _angles(group, weight, hessian, statistics.sample, bits, config, recipe, seed)
+        quantized, errors = _round_and_compare(group, weight, hessian, angles, bits, config, recipe)
         tensors |= _stored_tensors(block, group, quantized, angles, config)
         block.install(tensors, config, [group])
         facts = {"block": block.index, "layers": group.name, "in_features": weight.shape[1], "bits": bits}
@@ -78,7 +79,8 @@ def rotated(
 def _angles(
     group: InputGroup,
     weight: torch.Tensor,
-    statistics: InputStatistics,
+    hessian: torch.Tensor,
+    inputs: torch.Tensor,
     bits: int,
     config: QuantConfig,
     recipe: Recipe,
@@ -92,8 +94,8 @@ def _angles(
         return hadamard_angles(features, block_size, weight.device), []
     problem = RotationProblem(
         spread_rows(weight, MOST_ROWS),
-        statistics.hessian,
-        spread_rows(statistics.sample, MOST_ROWS // 4),
+        hessian,
+        spread_rows(inputs, MOST_ROWS // 4),
         block_size,
         bits,
         config.group(features),
@@ -119,16 +121,19 @@ def _round_and_compare(
     kind, block_size = config.rotation.kind, config.rotation.block(group.layers[0])
     others = {"none": None, "hadamard": hadamard_angles(weight.shape[1], block_size, weight.device)}
     errors, others = {}, others if recipe.compare else {}
+    rows = spread_rows(weight, MOST_ROWS)
+    energy = output_energy(rows, hessian)
     for name, simpler in others.items():
         if name != kind:
-            rows, basis = rotated(spread_rows(weight, MOST_ROWS), hessian, simpler, block_size)
-            errors[name] = output_error(rows, round_weight(rows, basis, bits, config, recipe).weight(), basis)
+            turned, basis = rotated(rows, hessian, simpler, block_size)
+            rounded = round_weight(turned, basis, bits, config, recipe).weight()
+            errors[name] = float(output_energy(rounded - turned, basis) / energy)
     weight, hessian = rotated(weight, hessian, angles, block_size)
     rounded = round_weight(weight, hessian, bits, config, recipe)
     refined = refine(rounded, weight, hessian, recipe.refine)
 
     def error(quantized: Quantized) -> float:
-        return output_error(spread_rows(weight, MOST_ROWS), spread_rows(quantized.weight(), MOST_ROWS), hessian)
+        return float(output_energy(spread_rows(quantized.weight() - weight, MOST_ROWS), hessian) / energy)
 
     errors[kind] = error(rounded)
     order = ("none", "hadamard", "butterfly")
