@@ -236,7 +236,9 @@ def test_card(tied, untied):
 
 @pytest.mark.parametrize("settings", [dict(head_bits=4), dict(embedding_bits=4), dict(embedding_bits=4, head_bits=2)])
 def test_tied_weights_have_one_number_of_bits(settings, tmp_path, model, text):
-    with pytest.raises(UserError, match=r"--embedding-bits \d+, --head-bits \d+: llama ties its LM head to its embedding"):
+    with pytest.raises(
+        UserError, match=r"--embedding-bits \d+, --head-bits \d+: llama ties its LM head to its embedding"
+    ):
         run(model, tmp_path / "out", text, **settings)
 
 

@@ -156,17 +156,21 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], config: dict) -> Path:
     return path
 
 
-def write_lora(path: Path, rank: int = 8, seed: int = 7) -> Path:
-    """Write a random LoRA adapter for every linear layer."""
+def write_lora(path: Path, rank: int = 8, seed: int = 7, head: bool = False) -> Path:
+    """Write a random LoRA adapter for every linear layer, and perhaps the LM head."""
     g = torch.Generator().manual_seed(seed)
     tensors = {}
-    for layer, (name, (rows, columns)) in itertools.product(range(LAYERS), LINEARS.items()):
-        prefix = f"base_model.model.model.layers.{layer}.{name}"
+    layers = {
+        f"model.layers.{i}.{name}": shape for i, (name, shape) in itertools.product(range(LAYERS), LINEARS.items())
+    }
+    layers |= {"lm_head": (VOCABULARY, HIDDEN)} if head else {}
+    for name, (rows, columns) in layers.items():
+        prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, columns, generator=g) / columns**0.5
         tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, rank, generator=g) / rank**0.5
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "adapter_model.safetensors")
-    targets = [name.rsplit(".", 1)[-1] for name in LINEARS]
+    targets = sorted({name.rsplit(".", 1)[-1] for name in layers})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets}
     (path / "adapter_config.json").write_text(json.dumps(config | {"bias": "none", "lora_dropout": 0.0}))
     return path
