@@ -139,12 +139,13 @@ def check_help(words: list[str], program: tuple[str, ...]) -> None:
 
 def check_recipe_values(words: list[str]) -> None:
     """Values of bq-calibrate's flags are ones that it takes."""
-    from bq_calibration.recipes import RECIPES, Recipe, make_recipe
+    from bq_calibration.recipes import RECIPES, Recipe, make_recipe, parse_tokens
 
     given = dict(itertools.pairwise(words))
     fields = {"--" + field.name.replace("_", "-"): field for field in dataclasses.fields(Recipe)}
-    convert = {"int": int, "float": float, "float | None": float, "str": str, "int | None": int}
-    overrides = {f.name: convert[f.type](given[flag]) for flag, f in fields.items() if flag in given}
+    types = {"int": int, "float": float, "float | None": float, "str": str, "int | None": int, "bool": lambda _: True}
+    convert = {flag: parse_tokens if f.metadata["tokens"] else types[f.type] for flag, f in fields.items()}
+    overrides = {f.name: convert[flag](given[flag]) for flag, f in fields.items() if flag in given}
     assert make_recipe(given.get("--recipe", next(iter(RECIPES))), overrides)
 
 

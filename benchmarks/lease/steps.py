@@ -47,12 +47,18 @@ class Plan:
         rehearse: tiny shapes, on a CPU too.
         checkpoint: for the comparison with transformers; by default the one that the step `calibration` makes.
         text: what the comparison reads; by default what that step's model has sampled.
+        model: 16-bit model to train; by default that step's, which is random.
+        mix: its text, as for `bq-calibrate --mix`.
+        tests: texts for its perplexity.
     """
 
     out: Path
     rehearse: bool = False
     checkpoint: Path | None = None
     text: Path | None = None
+    model: Path | None = None
+    mix: str = ""
+    tests: str = ""
 
     def script(self, name: str, *arguments: object) -> tuple[str, ...]:
         """A call of a script in benchmarks/."""
@@ -136,6 +142,24 @@ def _serving(plan: Plan) -> Step:
         needs=("vllm",) if plan.rehearse else (GPU, "vllm"),
         result=result,
     )
+
+
+def _training(plan: Plan) -> Step:
+    """The ladder of tokens on a real model; on the random one of the step `calibration` where none is given."""
+    work, result = plan.out / "calibration", plan.out / "training.json"
+    model, text = plan.model or work / "fp16", work / "text.txt"
+    settings: list[object] = (
+        ["--set", f"mix={plan.mix}"] if plan.mix else ["--set", f"dataset={text}", "--set", "mix=null"]
+    )
+    rungs = "2k,4k" if plan.rehearse else "4M,12M,30M"
+    if plan.rehearse:
+        tiny = {"samples": 4, "seqlen": 32, "held_out": 2, "tokens_per_step": 128}
+        settings += [part for name, value in tiny.items() for part in ("--set", f"{name}={value}")]
+        settings += ["--context", 32, "--windows", 2]
+    common = ("--recipe", "max", "--rungs", rungs, "--perplexity", plan.tests or text, "--minutes", MINUTES)
+    command = plan.script("ladder.py", model, *common, *settings, "--out", plan.out / "ladder", "--json", result)
+    needs = (model, text) if plan.rehearse else (GPU, plan.model or "--model", "torchao")
+    return Step("training", "perplexity by tokens of end-to-end training", command, 540, 120, needs, result)
 
 
 def _model_steps(plan: Plan) -> list[Step]:

@@ -24,7 +24,10 @@ def calibrate(
     *,
     device: str = "auto",
     compute_dtype: str = "auto",
+    memory_budget: float | None = None,
     resume: bool = False,
+    extend: str | None = None,
+    keep_work: bool = False,
     dry_run: bool = False,
     plots: bool = True,
     progress: bool = False,
@@ -46,7 +49,11 @@ def calibrate(
         recipe: `fast`, `best` or `paper`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         compute_dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        memory_budget: GB that the run may take, of the GPU's memory where it computes there; by default most of what
+            is free.
         resume: go on where an interrupted run stopped.
+        extend: work that a run of fewer `train_tokens` has kept; this one trains on from there.
+        keep_work: leave the run's work in `OUT.work`.
         dry_run: only check everything, and return the cost of the run.
         plots: draw pictures of the report into the checkpoint.
         progress: show progress bars on stderr.
@@ -58,13 +65,17 @@ def calibrate(
     Raises:
         UserError: when the model, a setting or the output folder will not do; the message says what to do.
     """
+    from pathlib import Path
+
     from .console import check_device, make_progress
     from .recipes import make_recipe
 
     chosen = make_recipe(recipe, settings)
     from .pipeline import Calibration
 
-    run = Calibration(model, out, chosen, check_device(device), resume, plots, compute_dtype)
+    budget = None if memory_budget is None else int(memory_budget * 1e9)
+    work = (None if extend is None else Path(extend)), keep_work
+    run = Calibration(model, out, chosen, check_device(device), resume, plots, compute_dtype, budget, *work)
     with make_progress(progress) as bars:
         return run.dry_run(bars) if dry_run else run.run(bars)
 

@@ -18,7 +18,7 @@ from . import __version__, calibrate, evaluate, inspect
 from .console import stderr, stdout
 from .errors import UserError, check_writable
 from .logs import log_to
-from .recipes import RECIPES, Recipe, make_recipe
+from .recipes import RECIPES, Recipe, make_recipe, parse_tokens
 
 
 def _print_version(wanted: bool) -> None:
@@ -76,8 +76,12 @@ def _recipe_flag(field: dataclasses.Field) -> signatures.Parameter:
         "int | None": str,
         "bool": bool,
     }  # int | None: or full
-    option = typer.Option(help=_recipe_help(field), rich_help_panel=field.metadata["section"], show_default=False)
-    annotation = Annotated[types[field.type] | None, option]
+    kind = types[field.type]
+    tokens = {"parser": parse_tokens, "metavar": "TOKENS"} if field.metadata["tokens"] else {}
+    option = typer.Option(
+        help=_recipe_help(field), rich_help_panel=field.metadata["section"], show_default=False, **tokens
+    )
+    annotation = Annotated[kind | None, option]
     return signatures.Parameter(field.name, signatures.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -101,8 +105,23 @@ def _calibrate(
     ] = "fast",
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
+    memory_budget: Annotated[
+        float | None,
+        typer.Option(
+            help="GB that the run may take, of the GPU where it has one; most of what is free by default.",
+            rich_help_panel=RUN,
+            min=0,
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted run stopped.", rich_help_panel=RUN)
+    ] = False,
+    extend: Annotated[
+        Path | None,
+        typer.Option(help="OUT.work of a run with fewer --train-tokens: train on from there.", rich_help_panel=RUN),
+    ] = None,
+    keep_work: Annotated[
+        bool, typer.Option("--keep-work", help="Leave OUT.work behind, to be extended.", rich_help_panel=RUN)
     ] = False,
     dry_run: Annotated[
         bool,
@@ -123,6 +142,7 @@ def _calibrate(
         overrides["rotation_block"] = None if width == "full" else int(width)
     make_recipe(recipe, overrides)  # flags are checked before torch and transformers load
     run = {"device": device, "compute_dtype": compute_dtype, "resume": resume, "plots": plots}
+    run |= {"memory_budget": memory_budget, "extend": extend and str(extend), "keep_work": keep_work}
     try:
         with contextlib.nullcontext() if stderr.is_terminal else log_to(None):
             report = calibrate(

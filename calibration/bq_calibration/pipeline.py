@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from rich.progress import Progress
 
 from . import preflight
 from .data import gather_tokens
-from .distill import train_end_to_end
-from .errors import UserError
+from .end_to_end import CURVE, TrainingText, train_end_to_end
+from .errors import UserError, explain_write
 from .export import export, write_checksums
 from .files import warn_of_large_files
 from .logs import log_to
@@ -25,6 +26,7 @@ from .quantize_embeddings import quantize_embeddings
 from .recipes import Recipe, packed_embeddings, quant_config
 from .report import run_facts, write_report
 from .sensitivity import mixed_bits
+from .training_plan import free_memory
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,9 @@ class Calibration:
         resume: go on from an earlier, interrupted run.
         plots: draw pictures of the report into the checkpoint.
         compute_dtype: see `compute.compute_dtypes`.
+        memory_budget: bytes that the run may take; None for most of what is free.
+        extends: kept work of a run with fewer training tokens.
+        keep_work: leave the work in `OUT.work` for a longer run.
 
     Raises:
         UserError: when the model, the settings or the output folder will not do.
@@ -55,9 +60,13 @@ class Calibration:
         resume: bool = False,
         plots: bool = True,
         compute_dtype: str = "auto",
+        memory_budget: int | None = None,
+        extends: Path | None = None,
+        keep_work: bool = False,
     ):
         self.recipe, self.device, self.plots = recipe, torch.device(device), plots
-        self.workspace = Workspace(Path(out), resume)
+        self.memory_budget = memory_budget or free_memory(self.device)
+        self.workspace, self.keep_work = Workspace(Path(out), resume, extends), keep_work
         self.source = SourceModel(model, self.device, compute_dtype, recipe.unquantized_dtype)
         self.config = self._format()
 
@@ -71,11 +80,11 @@ class Calibration:
         settings["compute_dtype"] = self.source.compute.to_dict()
         settings["source_sha256"] = preflight.source_fingerprint(self.source, progress)
         settings["data_sha256"] = preflight.data_fingerprint(self.recipe.dataset, progress)
-        plan, work = preflight.plan(self.source, self.config, self.recipe), self.workspace
+        plan, work = preflight.plan(self.source, self.config, self.recipe, self.memory_budget), self.workspace
         with work.opened(settings, plan.disk_bytes), log_to(work.log):
             logger.info("%s: %s", self.source.name, settings)
             warn_of_large_files(self.source.folder)
-            if not work.resumed:
+            if not work.resumed and work.extends is None:
                 preflight.check_weights(self.source, progress)
             tokens = work.tensors("tokens", lambda: {"tokens": gather_tokens(self.source, self.recipe, progress)})
             tokens = self._fitted(tokens["tokens"])
@@ -84,7 +93,10 @@ class Calibration:
             bits, seconds = report["totals"]["bits_per_weight"], report["run"]["wall_seconds"]
             whole = report["totals"]["file_bits_per_weight"]
             logger.info("%s: %.3f bits per weight, %.3f in the whole file, %.0f s", work.out, bits, whole, seconds)
-        work.remove()
+        if self.keep_work:
+            work.keep()
+        else:
+            work.remove()
         return report
 
     def dry_run(self, progress: Progress) -> dict[str, Any]:
@@ -96,7 +108,7 @@ class Calibration:
         Raises:
             UserError: naming the problem.
         """
-        plan = preflight.plan(self.source, self.config, self.recipe)
+        plan = preflight.plan(self.source, self.config, self.recipe, self.memory_budget)
         self.workspace.check_free(plan.disk_bytes)
         warn_of_large_files(self.source.folder)
         preflight.check_weights(self.source, progress)
@@ -129,13 +141,21 @@ class Calibration:
             bits = work.json("module_bits", lambda: mixed_bits(source, self.config, recipe, tokens, progress))
             self.config = dataclasses.replace(self.config, module_bits=self.config.module_bits | bits)
         blocks = quantize_blocks(source, self.config, recipe, tokens, work, progress)
-        trained, stages = train_end_to_end(source, self.config, recipe, tokens, work, "blocks", progress)
+        count = len(tokens) - recipe.held_out
+        text = TrainingText(torch.cat((tokens[count:], tokens[:count])), recipe.held_out, shuffled=True)
+        trained, stages = train_end_to_end(
+            source, self.config, recipe, text, work, "blocks", self.memory_budget, progress
+        )
         packed, embeddings = quantize_embeddings(source, self.config, recipe, tokens, trained, work, progress)
         final = work.path / "final"
         export(source, packed, self.config, final)
         used = tokens.numel() - recipe.held_out * tokens.shape[1] * recipe.trains
         parts = blocks, stages, embeddings
         report = write_report(final, source, self.config, recipe, used, *parts, run_facts(source, work))
+        if recipe.train_tokens:
+            with explain_write(final):
+                (final / "report").mkdir()
+                shutil.copyfile(work.path / CURVE, final / "report" / CURVE)
         write_model_card(final, source, self.config, report)
         if self.plots:
             from .plots import write_plots  # matplotlib takes a second to load

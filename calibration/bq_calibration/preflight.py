@@ -13,14 +13,13 @@ from rich.progress import Progress
 
 from .block import TOKENS_PER_BATCH, Block
 from .compute import dtype_name, operations_per_second
-from .distill import TOKENS_PER_STEP
 from .errors import UserError, explain
 from .files import carried_files
 from .model import SourceModel
 from .quantize_embeddings import ROWS
 from .recipes import Recipe
 from .rotation import MOST_ROWS
-from .student import RECOMPUTE_FROM
+from .training_plan import PROCESS, training_plan
 
 _CHUNK = 2**24  # bytes that are hashed at a time
 
@@ -119,8 +118,12 @@ class Plan:
         return self.operations / operations_per_second() if device.type == "cpu" else None
 
 
-def plan(source: SourceModel, config: QuantConfig, recipe: Recipe) -> Plan:
-    """Estimate the cost of a run from the model's shapes and the recipe."""
+def plan(source: SourceModel, config: QuantConfig, recipe: Recipe, memory_budget: int) -> Plan:
+    """Estimate the cost of a run from the model's shapes and the recipe.
+
+    Raises:
+        UserError: if it does not fit into `memory_budget` bytes.
+    """
     block, count = source.empty_block(0), source.num_blocks
     packed = shared = weights = features = 0  # of one block
     for group in block.groups:
@@ -145,7 +148,10 @@ def plan(source: SourceModel, config: QuantConfig, recipe: Recipe) -> Plan:
         8 * checkpoint / everything,
         checkpoint,
         _disk(source, config, recipe, checkpoint, checkpoint - rest, weights * count),
-        max(_memory(source, recipe, checkpoint, weights, features), _embedding_memory(source, recipe, embeddings)),
+        max(
+            _memory(source, recipe, weights, features, memory_budget),
+            _embedding_memory(source, recipe, embeddings),
+        ),
         _operations(block, recipe, count) + _embedding_operations(recipe, weights * count, embeddings),
     )
 
@@ -165,32 +171,41 @@ def _disk(source: SourceModel, config: QuantConfig, recipe: Recipe, checkpoint: 
     """Checkpoint, other files, finished blocks, tokens; end to end the teacher's states, stages, Adam's moments too."""
     carried = sum((source.folder / name).stat().st_size for name in carried_files(source.folder))
     needed = checkpoint + carried + packed + recipe.windows * recipe.seqlen * 8
-    if recipe.trains_end_to_end:
-        trained = weights if recipe.finetune else weights // config.group(source.text_config.hidden_size)
-        stages = bool(recipe.finetune) + bool(recipe.distill)
-        needed += _states(source, recipe) + stages * packed + 2 * 12 * trained  # while a file is replaced, twice
+    if recipe.train_tokens:
+        trained = weights if recipe.train_codes else weights // config.group(source.text_config.hidden_size)
+        moments = 12 if recipe.optimizer_bits == 32 else 5  # value and moments, per parameter
+        files = 2 + (recipe.schedule == "wsd")  # while a file is replaced it is there twice
+        needed += _states(source, recipe) + packed + files * moments * trained
     return needed
 
 
-def _memory(source: SourceModel, recipe: Recipe, checkpoint: int, weights: int, features: int) -> int:
-    process, item = int(6e8), source.dtype.itemsize
+def _memory(source: SourceModel, recipe: Recipe, weights: int, features: int, budget: int) -> int:
+    """Memory of rounding and block-wise training, or of end-to-end training where that takes more.
+
+    Raises:
+        UserError: if it is more than the budget.
+    """
+    item = source.dtype.itemsize
     widest = max(source.empty_block(0).in_features(group) for group in source.groups)
     corrects = bool(recipe.correction)
-    states = _states(source, recipe) * (1 + bool(recipe.reconstruct or corrects) + corrects)
-    layer = (18 if recipe.reconstruct else 10 + item * corrects) * weights
+    states = _states(source, recipe) * (1 + bool(recipe.block_tokens or corrects) + corrects)
+    layer = (18 if recipe.block_tokens else 10 + item * corrects) * weights
     layer += 40 * widest**2 + TOKENS_PER_BATCH * features * item
-    whole = 0
-    if recipe.trains_end_to_end:
-        kept = 1 if weights >= RECOMPUTE_FROM else source.num_blocks  # blocks whose activations are kept
-        per_weight = 18 if recipe.finetune else 0.6
-        whole = int(per_weight * weights * source.num_blocks) + 2 * checkpoint + TOKENS_PER_STEP * features * 6 * kept
-    return process + states + max(layer, whole)
+    blocks = PROCESS + states + layer
+    if blocks > budget:
+        raise UserError(
+            f"a decoder layer needs {blocks / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be taken: "
+            "lower --samples, --train-samples or --seqlen, or raise --memory-budget"
+        )
+    if not recipe.train_tokens:
+        return blocks
+    return max(blocks, training_plan(source, recipe, recipe.windows, budget).memory_bytes)
 
 
 def _embedding_memory(source: SourceModel, recipe: Recipe, embeddings: dict[str, tuple[int, int]]) -> int:
     """The weight in float32, its codes, and copies of the rows that are rounded at a time."""
     rounding = [6 * rows * columns + 40 * columns * (columns + ROWS) for rows, columns in embeddings.values()]
-    return max(rounding, default=0) + int(6e8) + _states(source, recipe)
+    return PROCESS + max(rounding, default=0) + _states(source, recipe)
 
 
 def _embedding_operations(recipe: Recipe, weights: int, embeddings: dict[str, tuple[int, int]]) -> float:
@@ -211,8 +226,7 @@ def _operations(block: Block, recipe: Recipe, count: int) -> float:
         total += 2 * k * n * recipe.windows * recipe.seqlen * 2 * recipe.trains
         if recipe.correction:
             total += 2 * k * n * (k + tokens * 4) + 2 * k * k * tokens
-        trained = 512 * recipe.reconstruct + TOKENS_PER_STEP * (recipe.finetune + recipe.distill)
-        total += 10 * k * n * trained
+        total += 10 * k * n * (recipe.block_tokens + recipe.train_tokens)
         if recipe.rotation == "butterfly":
             total += recipe.steps * 6 * MOST_ROWS * k * k
     return total * count

@@ -47,8 +47,8 @@ def quantize_blocks(
     Raises:
         UserError: if inputs hold NaN or infinity, or a file cannot be written.
     """
-    inputs = source.embed(tokens if recipe.reconstruct else tokens[: recipe.samples])
-    targets = inputs.clone() if recipe.reconstruct or recipe.correction else None
+    inputs = source.embed(tokens if recipe.block_tokens else tokens[: recipe.samples])
+    targets = inputs.clone() if recipe.block_tokens or recipe.correction else None
     reports, started, computed = [], time.monotonic(), 0
     task = progress.add_task("calibrating blocks", total=source.num_blocks)
     for index in range(source.num_blocks):
@@ -90,7 +90,7 @@ def _quantize(
     """Tensors and report of one layer; leaves it quantized."""
     tensors, reports = quantize_block(block, inputs[: recipe.samples], config, recipe, original)
     training = None
-    if recipe.reconstruct:
+    if recipe.block_tokens:
         tensors, training = reconstruct(source, config, recipe, block, tensors, inputs, targets, progress)
     return tensors, {"inputs": reports, "reconstruction": training}
 

@@ -6,6 +6,7 @@ Nothing here imports torch: the flags of the command are generated from `Recipe`
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,12 @@ from bq_kernels.format import (
 
 from .architecture import InputGroup
 from .errors import UserError
+from .schedule import SCHEDULES
 
 UNPACKED = 16  # bits of an embedding or LM head that stays as it is
 FORMAT, ROTATION, ROUNDING, TRAINING, DATA = "Format", "Rotation", "Rounding", "Training", "Data"  # sections of --help
+
+OPTIMIZER_BITS = (32, 8)
 
 
 def _setting(
@@ -34,9 +38,10 @@ def _setting(
     choices: tuple = (),
     least: float | None = None,
     most: float | None = None,
+    tokens: bool = False,
 ) -> Any:
-    """A field of Recipe: its default, its section and text in --help, and the values that it takes."""
-    metadata = {"section": section, "text": text, "choices": choices, "least": least, "most": most}
+    """A field of Recipe: its default, its section and text in --help, the values it takes, whether it counts tokens."""
+    metadata = {"section": section, "text": text, "choices": choices, "least": least, "most": most, "tokens": tokens}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -101,14 +106,31 @@ class Recipe:
     compare: bool = _setting(
         True, ROUNDING, "Also measure simpler rotations for the report, up to a third of the time of rounding."
     )
-    reconstruct: int = _setting(
-        0, TRAINING, "Block-wise QAT (Block-AP): steps per decoder layer; 18 bytes per weight of one layer.", least=0
+    block_tokens: int = _setting(
+        0, TRAINING, "Block-wise QAT (Block-AP): tokens per decoder layer.", least=0, tokens=True
     )
-    finetune: int = _setting(
-        0, TRAINING, "End-to-end QAT: steps, codes included; 18 bytes per weight of the model.", least=0
+    train_tokens: int = _setting(0, TRAINING, "End-to-end training: tokens.", least=0, tokens=True)
+    train_codes: bool = _setting(
+        False, TRAINING, "Codes move in end-to-end training; else only scales, zeros, angles and norms."
     )
-    distill: int = _setting(
-        0, TRAINING, "End-to-end training of all but the codes (E2E-QP): steps; 0.6 bytes per weight.", least=0
+    tokens_per_step: int = _setting(2048, TRAINING, "End-to-end training: tokens per step.", least=1, tokens=True)
+    schedule: str = _setting(
+        "cosine",
+        TRAINING,
+        "Learning rates fall all the way, or (wsd) in the last fifth: such a run can be extended.",
+        choices=SCHEDULES,
+    )
+    code_lr: float = _setting(
+        5e-3, TRAINING, "Peak learning rate of codes in end-to-end training, in steps of theirs.", least=0, most=1
+    )
+    optimizer_bits: int = _setting(
+        32, TRAINING, "Bits of the moments of codes; with 8 the codes themselves take 16.", choices=OPTIMIZER_BITS
+    )
+    compile: str = _setting(
+        "auto",
+        TRAINING,
+        "Compile decoder layers for end-to-end training; auto does on a GPU.",
+        choices=("auto", "on", "off"),
     )
     dataset: str = _setting("c4", DATA, "wikitext2, c4, self, a .txt/.jsonl/.parquet file; or several: A,B.")
     samples: int = _setting(128, DATA, "Sequences for rounding.", least=1)
@@ -120,12 +142,7 @@ class Recipe:
     @property
     def trains(self) -> bool:
         """Whether blocks or the whole model are trained."""
-        return bool(self.reconstruct) or self.trains_end_to_end
-
-    @property
-    def trains_end_to_end(self) -> bool:
-        """Whether the whole model is trained once its blocks are done."""
-        return bool(self.finetune or self.distill)
+        return bool(self.block_tokens or self.train_tokens)
 
     def bits_of_embedding(self, name: str) -> int:
         """Bits of the embedding or the LM head, by its name."""
@@ -166,8 +183,8 @@ RECIPES: dict[str, Recipe] = {
         samples=128,
         train_samples=640,
         seqlen=512,
-        reconstruct=480,
-        distill=160,
+        block_tokens=245_760,
+        train_tokens=327_680,
     ),
     # arXiv 2509.09679: full width, identity start, Adam at 0.01 for at most 500 steps, uniformity on, 128 samples
     "paper": Recipe(
@@ -177,6 +194,18 @@ RECIPES: dict[str, Recipe] = {
         uniformity=0.1,
     ),
 }
+
+
+def parse_tokens(text: str | int) -> int:
+    """A number of tokens: 4096, 300k, 30M, 1.5B.
+
+    Raises:
+        UserError: for anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", str(text).strip())
+    if not found:
+        raise UserError(f"{text}: expected a number of tokens such as 4096, 300k, 30M or 1.5B")
+    return round(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[found[2]])
 
 
 def flag(field: str) -> str:

@@ -15,10 +15,12 @@ from rich.progress import Progress
 
 from .block import Block
 from .model import SourceModel
+from .optimizer import Optimizer
 from .recipes import Recipe
 from .sampling import batch_of, derive_seed
+from .schedule import Schedule
 from .student import Trainable
-from .train import train
+from .train import Training
 
 TOKENS_PER_STEP = 512
 RATES = {"codes": 1e-2, "scales": 1e-2, "zeros": 1e-2, "angles": 5e-3, "norms": 5e-4}
@@ -42,7 +44,7 @@ def train_block(
     tensors: dict[str, torch.Tensor],
     inputs: torch.Tensor,
     targets: torch.Tensor,
-    steps: int,
+    tokens: int,
     seed: int,
     progress: Progress,
     rates: dict[str, float] = RATES,
@@ -56,7 +58,7 @@ def train_block(
         tensors: the block's part of the checkpoint so far.
         inputs: hidden states that the quantized model sends into the block, [samples, seqlen, hidden].
         targets: hidden states that the 16-bit model gives behind it, so that earlier errors are corrected too.
-        steps: of the optimizer, TOKENS_PER_STEP tokens each.
+        tokens: to train on, TOKENS_PER_STEP per step of the optimizer.
         seed: of the order of the samples.
         progress: shows a bar.
         rates: peak Adam learning rates by kind of parameter.
@@ -70,17 +72,26 @@ def train_block(
     trainable.replace_linears(trained, tensors)
     trainable.replace_norms(trained.module, block.prefix)
     batch = max(1, TOKENS_PER_STEP // inputs.shape[1])
+    steps = -(-tokens // (batch * inputs.shape[1]))
 
-    def step_loss(step: int) -> float:
+    def step_loss(step: int) -> torch.Tensor:
         rows = batch_of(step, batch, len(inputs), seed)
         with trainable.autocast():
             output = trained.forward(inputs[rows].float())
         loss = block_loss(output, targets[rows])
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
-    title = f"block {block.index}"
-    losses = train(trainable.parameters(), rates, steps, step_loss, trainable.clamp_codes, None, progress, title)
+    training = Training(
+        optimizer=Optimizer(trainable.parameters()),
+        rates=rates,
+        schedule=Schedule.of("cosine", steps),
+        step_loss=step_loss,
+        after_step=trainable.clamp_codes,
+        seed=seed,
+        title=f"block {block.index}",
+    )
+    losses = training.run(progress).losses
     return trainable.tensors(), losses
 
 
@@ -117,7 +128,7 @@ def reconstruct(
     before = held_out_loss() if recipe.held_out else None
     seed = derive_seed(recipe.seed, block.index)
     data = inputs[:count], targets[:count]
-    tensors, losses = train_block(source, config, block, tensors, *data, recipe.reconstruct, seed, progress)
+    tensors, losses = train_block(source, config, block, tensors, *data, recipe.block_tokens, seed, progress)
     block.install(tensors, config)
     report: dict[str, Any] = {"losses": losses}
     if before is not None:

@@ -114,9 +114,9 @@ def gains(
     rows = [(f"rotation, {kind}", measure, *pair) for kind, pair in zip(kinds[1:], pairwise(errors), strict=True)]
     if recipe.refine:
         rows.append(("refine", measure, errors[-1], mean(report["refined_output_error"] for report in inputs)))
-    if recipe.reconstruct and recipe.held_out:
+    if recipe.block_tokens and recipe.held_out:
         pair = [mean(block["held_out_loss"][i] for block in reconstruction) for i in (0, 1)]
-        rows.append(("reconstruct", "loss of a block on held-out text", *pair))
+        rows.append(("blocks", "loss of a block on held-out text", *pair))
     for before, after in pairwise(stage for stage in stages if "held_out_divergence" in stage):
         values = (stage["held_out_divergence"] for stage in (before, after))
         rows.append((after["stage"], "KL on held-out text, nats per token", *values))

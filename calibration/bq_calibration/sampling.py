@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 _PRIME = 1_000_003  # places of one run stay far apart
@@ -22,8 +24,12 @@ def spread_rows(x: torch.Tensor, most: int) -> torch.Tensor:
 def sample_at(position: int, samples: int, seed: int) -> int:
     """The sample at a position of an endless sequence that is shuffled anew in every epoch."""
     epoch, place = divmod(position, samples)
-    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
-    return int(torch.randperm(samples, generator=generator)[place])
+    return int(_order(samples, derive_seed(seed, epoch))[place])
+
+
+@functools.lru_cache(maxsize=2)  # a step may reach into the next epoch
+def _order(samples: int, seed: int) -> torch.Tensor:
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
 
 
 def batch_of(step: int, batch: int, samples: int, seed: int) -> torch.Tensor:

@@ -1,91 +1,179 @@
-"""The loop behind block-wise and end-to-end training: Adam, a cosine schedule, and a file from which it goes on."""
+"""The loop behind block-wise and end-to-end training: Adam, a schedule, a curve, and a file from which it goes on."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
 from safetensors.torch import load_file
-from torch import nn
 
+from .errors import explain_write
 from .files import write_tensors
+from .optimizer import Optimizer
+from .sampling import derive_seed
+from .schedule import Schedule
 
-WARM_UP = 0.1  # share of the steps
 SAVE_EVERY = 300.0  # seconds
+SHOW_EVERY = 1.0  # seconds between looks at the loss, which make a GPU wait
 
 
-def train(
-    parameters: dict[str, list[nn.Parameter]],
-    rates: dict[str, float],
-    steps: int,
-    step_loss: Callable[[int], float],
-    after_step: Callable[[], None],
-    saved: Path | None,
-    progress: Progress,
-    title: str,
-) -> list[float]:
-    """Train parameters, from where the file `saved` stands if it is there, to the same bytes.
+@dataclass
+class Curve:
+    """The course of a training: the loss of every step, and now and then the divergence on held-out text.
 
-    Args:
-        parameters: by kind.
-        rates: peak learning rate of every kind; after a short rise a cosine takes them to 0.
-        steps: of the optimizer.
-        step_loss: computes the loss of a step and its gradients.
-        after_step: called after every step of the optimizer.
-        saved: safetensors file that is written every few minutes; None for training too short to be worth it.
-        progress: shows a bar.
-        title: of the bar.
-
-    Returns:
-        the loss at every step.
+    Attributes:
+        file: jsonl file with a line per step, to look at while the training runs; None for none.
+        losses: of the steps so far, but for those that are still on the device.
+        held_out: step and divergence in nats per token.
     """
-    groups = [{"params": tensors, "lr": rates[kind], "kind": kind} for kind, tensors in parameters.items() if tensors]
-    everything = [parameter for group in groups for parameter in group["params"]]
-    # codes move one by one, each by its own gradient; the others share the loss's steepest moments
-    clipped = [parameter for group in groups if group["kind"] != "codes" for parameter in group["params"]]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
-    losses: list[float] = []
-    if saved is not None and saved.exists():
-        losses = _restore(saved, everything, optimizer)
-    task = progress.add_task(title, total=steps, completed=len(losses))
-    last_save = time.monotonic()
-    for step in range(len(losses), steps):
-        warm = min(1.0, (step + 1) / max(1, WARM_UP * steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rates[group["kind"]] * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-        losses.append(step_loss(step))
-        torch.nn.utils.clip_grad_norm_(clipped, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        after_step()
-        progress.update(task, advance=1, description=f"{title}, loss {losses[-1]:.3g}")
-        if saved is not None and time.monotonic() - last_save >= SAVE_EVERY:
-            _save(saved, everything, optimizer, losses)
-            last_save = time.monotonic()
-    progress.remove_task(task)
-    return losses
 
+    file: Path | None = None
+    losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    _pending: list[torch.Tensor] = field(default_factory=list)
 
-def _save(saved: Path, everything: list[nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
-    state = {"losses": torch.tensor(losses, dtype=torch.float64)}
-    for i, parameter in enumerate(everything):
-        moments = optimizer.state[parameter]
-        state[f"{i}.value"] = parameter.detach().cpu().contiguous()
-        state[f"{i}.first"], state[f"{i}.second"] = moments["exp_avg"].cpu(), moments["exp_avg_sq"].cpu()
-    write_tensors(saved, state)
+    def __len__(self) -> int:
+        """Steps so far."""
+        return len(self.losses) + len(self._pending)
 
+    def add(self, loss: torch.Tensor) -> None:
+        """Take a step's loss, without waiting for it."""
+        self._pending.append(loss)
 
-def _restore(saved: Path, everything: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:
-    state = load_file(saved)
-    losses = state["losses"].tolist()
-    for i, parameter in enumerate(everything):
-        parameter.data.copy_(state[f"{i}.value"])
-        moments = {"exp_avg": state[f"{i}.first"], "exp_avg_sq": state[f"{i}.second"]}
-        optimizer.state[parameter] = {"step": torch.tensor(float(len(losses)))} | {
-            key: value.to(parameter.device) for key, value in moments.items()
+    def flush(self) -> None:
+        """Fetch the losses that are still on the device."""
+        if not self._pending:
+            return
+        first = len(self.losses)
+        self.losses += torch.stack(self._pending).tolist()
+        self._pending = []
+        self._write({"step": step + 1, "loss": self.losses[step]} for step in range(first, len(self.losses)))
+
+    def measured(self, divergence: float) -> None:
+        """Note the divergence on held-out text after the steps so far."""
+        self.flush()
+        self.held_out.append((len(self), divergence))
+        self._write([{"step": len(self), "held_out_divergence": divergence}])
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what `state` gave, also in the file."""
+        self.losses = state["losses"].tolist()
+        steps, values = state["held_out_steps"].tolist(), state["held_out_divergences"].tolist()
+        self.held_out = list(zip(steps, values, strict=True))
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+        lines = [{"step": step, "loss": loss} for step, loss in enumerate(self.losses, 1)]
+        lines += [{"step": step, "held_out_divergence": value} for step, value in self.held_out]
+        self._write(sorted(lines, key=lambda line: line["step"]))  # as they were written
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything as tensors."""
+        self.flush()
+        return {
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "held_out_steps": torch.tensor([step for step, _ in self.held_out], dtype=torch.int64),
+            "held_out_divergences": torch.tensor([value for _, value in self.held_out], dtype=torch.float64),
         }
-    return losses
+
+    def _write(self, lines) -> None:
+        if self.file is not None:
+            with explain_write(self.file), open(self.file, "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+@dataclass
+class Training:
+    """One training: how its steps are made, and where it is kept.
+
+    Attributes:
+        optimizer: of the trained parameters.
+        rates: peak learning rate of every kind of parameter.
+        schedule: of the rates.
+        step_loss: computes the loss of a step, a tensor on the device, and its gradients.
+        after_step: called after every step of the optimizer.
+        seed: of stochastic rounding.
+        title: of the progress bar.
+        tokens_per_step: for the progress bar; 0 shows no rate.
+        saved: safetensors file that is written every few minutes, and from which the training goes on; None for
+            training too short to be worth it.
+        stable: safetensors file that is written where a `wsd` schedule begins to fall; a longer training starts there.
+        curve: takes the losses.
+        measure: divergence on held-out text; None for none.
+        measure_at: steps after which to measure it.
+    """
+
+    optimizer: Optimizer
+    rates: dict[str, float]
+    schedule: Schedule
+    step_loss: Callable[[int], torch.Tensor]
+    after_step: Callable[[], None]
+    seed: int
+    title: str
+    tokens_per_step: int = 0
+    saved: Path | None = None
+    stable: Path | None = None
+    curve: Curve = field(default_factory=Curve)
+    measure: Callable[[], float] | None = None
+    measure_at: frozenset[int] = frozenset()
+
+    def run(self, progress: Progress) -> Curve:
+        """Train to the end, from where `saved` stands if it is there, to the same bytes."""
+        steps = self.schedule.steps
+        for file in (self.saved, self.stable):
+            if file is not None and file.exists():
+                self._restore(file)
+                break
+        task = progress.add_task(self.title, total=steps, completed=len(self.curve))
+        last_save = last_look = time.monotonic()
+        first = looked = len(self.curve)
+        for step in range(first, steps):
+            if step == self.schedule.decay_from > first and self.stable is not None:
+                self._save(self.stable)
+            self._step(step)
+            if step + 1 in self.measure_at and self.measure is not None:
+                self.curve.measured(self.measure())
+            now = time.monotonic()
+            if now - last_look >= SHOW_EVERY or step + 1 == steps:
+                self.curve.flush()
+                rate = (step + 1 - looked) * self.tokens_per_step / (now - last_look)
+                progress.update(task, completed=step + 1, description=self._describe(rate))
+                looked, last_look = step + 1, now
+            if self.saved is not None and now - last_save >= SAVE_EVERY:
+                self._save(self.saved)
+                last_save = time.monotonic()
+        progress.remove_task(task)
+        self.curve.flush()
+        return self.curve
+
+    def _step(self, step: int) -> None:
+        torch.manual_seed(derive_seed(self.seed, step))  # of stochastic rounding
+        factor = self.schedule.factor(step)
+        self.optimizer.set_rates({kind: rate * factor for kind, rate in self.rates.items()})
+        self.curve.add(self.step_loss(step))
+        self.optimizer.step()
+        self.after_step()
+
+    def _describe(self, rate: float) -> str:
+        words = [self.title, f"loss {self.curve.losses[-1]:.3g}"]
+        if self.curve.held_out:
+            words.append(f"held-out KL {self.curve.held_out[-1][1]:.3g}")
+        if self.tokens_per_step:
+            words.append(f"{rate:,.0f} tokens/s")
+        return ", ".join(words)
+
+    def _save(self, file: Path) -> None:
+        warm_up = torch.tensor(self.schedule.warm_up, dtype=torch.float64)
+        tensors = self.optimizer.state() | self.curve.state() | {"warm_up": warm_up}
+        write_tensors(file, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+
+    def _restore(self, file: Path) -> None:
+        state = load_file(file)
+        self.curve.restore(state)
+        self.schedule = dataclasses.replace(self.schedule, warm_up=state["warm_up"].item())  # a shorter run's
+        self.optimizer.load(state, len(self.curve))

@@ -20,6 +20,11 @@ from .errors import UserError, WriteError, explain_write
 from .files import write_json, write_tensors
 
 BEAT = 5.0  # seconds between marks of the clock
+SETTINGS = "settings.json"
+STABLE = "train.stable"  # the state of a training before its learning rates fell
+# of a shorter run: what a longer one does not take over
+_OWN = (SETTINGS, "lock", "clock.json", "train.state", "training.jsonl", "train", "embeddings", "final")
+_MAY_DIFFER = "train_tokens"
 
 
 class Workspace:
@@ -30,6 +35,7 @@ class Workspace:
     Args:
         out: the output folder; a symbolic link stands for its target.
         resume: whether to go on from an earlier, interrupted run.
+        extends: kept work of a finished run with fewer `train_tokens`, to go on from; or None.
 
     Attributes:
         path: the folder.
@@ -37,8 +43,8 @@ class Workspace:
         resumed: whether an earlier run has left work here.
     """
 
-    def __init__(self, out: Path, resume: bool):
-        self.out, self.resume = (out.resolve() if out.is_symlink() else out), resume
+    def __init__(self, out: Path, resume: bool, extends: Path | None = None):
+        self.out, self.resume, self.extends = (out.resolve() if out.is_symlink() else out), resume, extends
         self._inside = self.out.is_mount()  # nothing can be moved onto a mount point
         self.path = self.out / ".partial" if self._inside else self.out.with_name(self.out.name + ".partial")
         self.log = self.out / "calibrate.log" if self._inside else self.out.with_name(self.out.name + ".log")
@@ -62,7 +68,7 @@ class Workspace:
         self._check_out()
         try:
             with self._locked():
-                record = self.path / "settings.json"
+                record = self.path / SETTINGS
                 self.resumed = record.exists()
                 if self.resumed and not self.resume:
                     raise UserError(
@@ -72,6 +78,8 @@ class Workspace:
                     self._check_settings(settings, json.loads(record.read_text()))
                 self._check_space(needed_bytes)
                 with self._clock():
+                    if self.extends is not None and not self.resumed:
+                        self._take_over(self.extends, settings)
                     write_json(record, settings)
                     yield
         except WriteError as error:
@@ -133,6 +141,32 @@ class Workspace:
                     f"--resume: {key} was {before.get(key)!r} in the unfinished run and is {value!r} now; "
                     f"use the same settings, or remove {self.path}"
                 )
+
+    def _take_over(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Begin with the work of a run that has trained on fewer tokens."""
+        record = folder / SETTINGS
+        if not record.is_file() or not (folder / STABLE).is_file():
+            raise UserError(
+                f"--extend {folder}: expected the work that a run with --schedule wsd --keep-work has left in OUT.work"
+            )
+        before = json.loads(record.read_text())
+        for key, value in settings.items():
+            if key != _MAY_DIFFER and value != before.get(key):
+                raise UserError(
+                    f"--extend {folder}: {key} was {before.get(key)!r} in that run and is {value!r} now; only "
+                    "--train-tokens may differ"
+                )
+        if settings[_MAY_DIFFER] <= before[_MAY_DIFFER]:
+            raise UserError(
+                f"--extend {folder}: that run has trained on {before[_MAY_DIFFER]} tokens; ask for more of them "
+                "with --train-tokens"
+            )
+        with explain_write(self.path):
+            for file in (file for file in folder.rglob("*") if file.is_file()):
+                place = file.relative_to(folder)
+                if place.parts[0] not in _OWN:
+                    (self.path / place).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, self.path / place)
 
     # ---- the clock
 
@@ -221,3 +255,11 @@ class Workspace:
     def remove(self) -> None:
         """Remove the folder, once the checkpoint is published."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def keep(self) -> Path:
+        """Call the folder `OUT.work`, once the checkpoint is published, for a longer run to go on from."""
+        kept = self.path.with_name(self.path.name.replace(".partial", ".work"))
+        with explain_write(kept):
+            shutil.rmtree(kept, ignore_errors=True)
+            os.replace(self.path, kept)
+        return kept

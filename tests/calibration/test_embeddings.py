@@ -175,7 +175,7 @@ def test_head_is_rounded_for_the_states_of_the_finished_model(untied, untied_mod
 
 def test_training_comes_before(tmp_path, model, text):
     """What is trained with the 16-bit head stays as it is, trained norms too."""
-    training = dict(distill=2, train_samples=4, held_out=0, unquantized_dtype="source")
+    training = dict(train_tokens=64, train_samples=4, held_out=0, unquantized_dtype="source")
     out = run(model, tmp_path / "out", text, rotation="hadamard", **TIED, **training)
     plain = run(model, tmp_path / "plain", text, rotation="hadamard", **training)
     found, other = load_file(out / "model.safetensors"), load_file(plain / "model.safetensors")

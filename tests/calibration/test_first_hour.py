@@ -259,7 +259,7 @@ def test_evaluation_of_what_overflows(tmp_path, model, text, command):
 def test_best_with_few_windows(tmp_path, model):
     short = tmp_path / "short.txt"
     short.write_text(make_text(100))
-    recipe = {"reconstruct": 2, "distill": 2, "train_samples": 64, "held_out": 8}
+    recipe = {"block_tokens": 1024, "train_tokens": 4096, "train_samples": 64, "held_out": 8}
     out = run(model, tmp_path / "out", short, recipe="best", **recipe)
     report = json.loads((out / "bq_report.json").read_text())
     windows = len(cut_windows(AutoTokenizer.from_pretrained(model), short.read_text(), 32))
@@ -504,9 +504,9 @@ def test_space_for_all_that_will_be_written(model, text):
 
         recipe = dataclasses.replace(small, **settings)
         config = Calibration(str(model), "unused", recipe, "cpu").config
-        return plan(source, config, recipe).disk_bytes
+        return plan(source, config, recipe, 10**10).disk_bytes
 
-    rounded, trained = disk(), disk(distill=3, train_samples=64)
+    rounded, trained = disk(), disk(train_tokens=6144, train_samples=64)
     states = (64 + 8) * 32 * 96 * 4
     assert rounded < trained - states, "the teacher's states are counted"
 

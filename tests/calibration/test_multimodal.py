@@ -11,12 +11,13 @@ import pytest
 import tiny
 import torch
 from bq_calibration.checkpoint import read_config, verify
-from bq_calibration.distill import held_out, teacher_states
+from bq_calibration.end_to_end import TrainingText, held_out
 from bq_calibration.errors import UserError
 from bq_calibration.evaluation import Evaluator
 from bq_calibration.model import SourceModel
 from bq_calibration.store import TensorStore
 from bq_calibration.student import Student
+from bq_calibration.teacher import ResidentTeacher
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText
@@ -33,7 +34,7 @@ PARTS = {
     "mistral3": ["vision_tower", "multi_modal_projector"],
 }
 # all stages of a run, mixed bits and training included
-SETTINGS = dict(target_bpw=3.6, reconstruct=2, distill=2, train_samples=4, held_out=2)
+SETTINGS = dict(target_bpw=3.6, block_tokens=1024, train_tokens=4096, train_samples=4, held_out=2)
 
 
 def hub_model(folder: Path, architecture: str) -> Path:
@@ -120,7 +121,7 @@ def test_other_parts_stay_as_they_are(architecture, source, checkpoint):
     for name in beside:  # under the names that it has in the source, which vLLM knows
         assert torch.equal(after.get(name), before.get(name).bfloat16()), name
     stages = json.loads((checkpoint / "bq_report.json").read_text())["stages"]
-    assert [stage["stage"] for stage in stages] == ["rounded", "distill"]
+    assert [stage["stage"] for stage in stages] == ["rounded", "train"]
 
 
 def test_other_parts_take_the_dtype_that_is_asked_for(checkpoint):
@@ -158,9 +159,11 @@ def test_student_is_what_the_checkpoint_says(source, checkpoint):
     wanted, found = (logits(folder, input_ids=TEXT).log_softmax(-1) for folder in (source, checkpoint))
     expected = (wanted.exp() * (wanted - found)).sum(-1).mean().item()
     alone = SourceModel(str(source), torch.device("cpu"), "float32")
-    states = teacher_states(alone, TEXT, Progress(disable=True))
+    teacher = ResidentTeacher(alone, TEXT)
     student = Student(alone, read_config(checkpoint)[1], TensorStore(checkpoint))
-    assert expected > 1e-3 and held_out(student, TEXT, states) == pytest.approx(expected, rel=1e-2)
+    assert expected > 1e-3 and held_out(student, TrainingText(TEXT, 1, False), teacher) == pytest.approx(
+        expected, rel=1e-2
+    )
 
 
 def test_names_of_newer_versions(architecture, source, text, tmp_path):

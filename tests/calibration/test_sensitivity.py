@@ -67,7 +67,9 @@ def test_budget_goes_where_a_bit_saves_most():
     assert set(BITS) == {2, 3, 4}
 
 
-@pytest.mark.parametrize("settings", [{}, {"reconstruct": 2, "finetune": 2, "distill": 2, "train_samples": 6}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"block_tokens": 1024, "train_tokens": 4096, "train_codes": True, "train_samples": 6}]
+)
 def test_checkpoint_of_mixed_bits(model, text, tmp_path, settings):
     recipe = make_recipe("fast", SMALL | {"dataset": str(text), "target_bpw": 3.6} | settings)
     Calibration(str(model), str(tmp_path / "out"), recipe, "cpu", plots=False).run(Progress(disable=True))

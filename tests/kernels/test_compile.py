@@ -15,6 +15,7 @@ from bq_kernels import (
     triton_arrange,
     triton_decode,
     triton_dequantize,
+    triton_divergence,
     triton_gemm,
     triton_gemm_int8,
     triton_linear,
@@ -45,6 +46,13 @@ def on_targets(*combinations):
     """Every combination for every target: on Hopper always, on the others as a slow test."""
     for case, target in itertools.product(combinations, TARGETS):
         yield pytest.param(*case, target, marks=[pytest.mark.slow] * (target != "sm90"))
+
+
+@pytest.mark.parametrize(("vocabulary", "dtype", "target"), on_targets((49152, BRAIN), (128256, BRAIN), (32000, HALF)))
+def test_divergence(vocabulary, dtype, target, monkeypatch, tmp_path):
+    module, logits = triton_divergence, meta(8192, vocabulary, dtype=dtype)
+    (launch,) = record(monkeypatch, target, module, "_divergence_kernel", module, "divergence_", logits, logits)
+    inspect(*launch, target, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,82 @@
+"""The arms of the comparison: one thing each is other than in the first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FROZEN = {"train_codes": False}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training.
+
+    Attributes:
+        recipe: settings that differ from the common ones; those of rounding make another start.
+        rates: peak learning rates that differ, by kind of parameter.
+        loss: one of `losses.LOSSES`.
+        gradient: one of `variants.GRADIENTS`.
+        freeze: share of the steps after which codes stay.
+        average: decay per step of the average of all parameters that is kept in the end; 0 keeps the last.
+        embedding: whether the embedding is trained too.
+        seeds: further seeds, beside 0.
+    """
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+    loss: str = "kl"
+    gradient: str = "straight-through"
+    freeze: float = 1.0
+    average: float = 0.0
+    embedding: bool = False
+    seeds: tuple[int, ...] = ()
+
+
+def _rates(kind: str, *values: float) -> dict[str, Arm]:
+    return {f"{kind} {value:g}": Arm(rates={kind: value}) for value in values}
+
+
+def _code_rates(*values: float) -> dict[str, Arm]:
+    return {f"{value:g}": Arm({"code_lr": value}) for value in values}
+
+
+# by question; the common settings are `cli.COMMON`
+ARMS: dict[str, dict[str, Arm]] = {
+    "base": {"codes move": Arm(seeds=(1, 2)), "codes frozen": Arm(FROZEN, seeds=(1, 2))},
+    "rate of codes": _code_rates(5e-3, 1e-2, 4e-2),
+    "other rates": {
+        **_rates("scales", 1e-3, 2e-2),
+        **_rates("norms", 2e-3),
+    },
+    "start": {
+        "blocks trained": Arm({"block_tokens": 61_440}),
+        "blocks trained, codes frozen": Arm({"block_tokens": 61_440} | FROZEN),
+        "nearest level": Arm({"rounding": "rtn", "refine": 0}),
+    },
+    "loss": {
+        "KL + CE": Arm(loss="kl+ce"),
+        "confidence-weighted KL": Arm(loss="confident"),
+        "KL + hidden states": Arm(loss="kl+states"),
+    },
+    "gradient of rounding": {"DGE, k = 5": Arm(gradient="dge")},
+    "end": {
+        "codes frozen for the last 30 %": Arm(freeze=0.7),
+        "average of weights": Arm(average=0.95),
+        "wsd": Arm({"schedule": "wsd"}),
+    },
+    "tokens per step": {
+        "512": Arm({"tokens_per_step": 512}),
+        "2048": Arm({"tokens_per_step": 2048}),
+    },
+    "memory": {"8 bits": Arm({"optimizer_bits": 8})},
+    "embedding": {"trained too": Arm(embedding=True)},
+    "rotation": {
+        "none": Arm({"rotation": "none"}),
+        "learned, blocks of 64": Arm({"rotation": "butterfly"}),
+    },
+    "format": {
+        "float zero": Arm({"zero_point": "float"}),
+        "2.3 bits": Arm({"target_bpw": 2.3}),
+    },
+}

@@ -1,0 +1,234 @@
+"""End-to-end training of a rounded model: the loss is KL(16-bit ‖ quantized) over the next token.
+
+Every other stage looks at one layer or one block at a time. Codes may move here too, as latent codes behind a
+straight-through quantizer; frozen ones stay packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bq_kernels.divergence import divergence_
+from bq_kernels.format import QuantConfig
+from rich.progress import Progress
+
+from .model import SourceModel
+from .optimizer import Optimizer, latent_dtype
+from .recipes import Recipe
+from .sampling import batch_of
+from .schedule import Schedule
+from .store import TensorStore
+from .student import Student
+from .teacher import ResidentTeacher, StoredTeacher, teacher_states
+from .train import Curve, Training
+from .training_plan import TrainingPlan, training_plan
+from .workspace import STABLE, Workspace
+
+RATES = {
+    "codes": 5e-3,
+    "scales": 5e-3,
+    "zeros": 5e-3,
+    "angles": 2e-3,
+    "norms": 5e-4,
+}  # peaks; codes: in steps of theirs
+LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**30}  # of one model's logits that are in memory at a time
+CURVE = "training.jsonl"  # a line per step
+MEASUREMENTS = 10  # of the divergence on held-out text, spread over a training
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """The text of a training.
+
+    Attributes:
+        tokens: int [samples, seqlen].
+        held_out: as many of the first samples, which are not trained on.
+        shuffled: whether samples come in a new order in every epoch; else as they stand.
+    """
+
+    tokens: torch.Tensor
+    held_out: int
+    shuffled: bool
+
+    def batch(self, step: int, size: int, seed: int) -> torch.Tensor:
+        """Numbers of the samples of one step, int64 [size]."""
+        count = len(self.tokens) - self.held_out
+        if self.shuffled:
+            return batch_of(step, size, count, seed) + self.held_out
+        return torch.arange(step * size, (step + 1) * size) % count + self.held_out
+
+
+def train_end_to_end(
+    source: SourceModel,
+    config: QuantConfig,
+    recipe: Recipe,
+    text: TrainingText,
+    workspace: Workspace,
+    blocks: str,
+    memory_budget: int,
+    progress: Progress,
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The end-to-end stage of a recipe.
+
+    Args:
+        source: the 16-bit model.
+        config: the checkpoint's format.
+        recipe: settings of the run.
+        text: to train on.
+        workspace: keeps the result.
+        blocks: name of its folder with the tensors of the rounded blocks.
+        memory_budget: bytes that training may take.
+        progress: shows a bar.
+
+    Returns:
+        the folder with the last tensors, and a report per stage, the rounded model's first.
+    """
+    folder = workspace.path / blocks
+    if not recipe.train_tokens:
+        return folder, []
+    plan = TrainingPlan(
+        **workspace.json("plan", lambda: training_plan(source, recipe, len(text.tokens), memory_budget).to_dict())
+    )
+    packed = TensorStore(folder)
+    if plan.stores_teacher:
+        kept = workspace.tensors("teacher", lambda: {"states": teacher_states(source, text.tokens, progress)})
+        teacher = StoredTeacher(kept["states"], source.device)
+    else:
+        teacher = ResidentTeacher(source, text.tokens)
+
+    def rounded() -> dict[str, Any]:
+        report = {"stage": "rounded"}
+        if text.held_out:
+            report["held_out_divergence"] = held_out(Student(source, config, packed), text, teacher)
+        return report
+
+    stages = [workspace.json("rounded", rounded)]
+    saved = workspace.path / "train.state", workspace.path / STABLE
+    curve = Curve(workspace.path / CURVE)
+    report = workspace.step(
+        "train/model", lambda: train_model(source, config, recipe, packed, text, teacher, plan, saved, curve, progress)
+    )
+    saved[0].unlink(missing_ok=True)
+    return workspace.path / "train", [*stages, {"stage": "train"} | report]
+
+
+def divergence(student: Student, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of KL(16-bit ‖ quantized) over tokens in nats, and its gradient.
+
+    Args:
+        output: states of the quantized model, [..., hidden].
+        target: those of the 16-bit model.
+
+    Returns:
+        the divergence, a float32 scalar on the device, and its gradient with respect to `output`. It is taken here,
+        some rows at a time, because the logits of a step would be gigabytes.
+    """
+    total = torch.zeros((), device=output.device)
+    weight = student.head.weight
+    rows = max(1, LOGIT_BYTES[output.device.type] // (weight.element_size() * len(weight)))
+    gradients = []
+    with torch.no_grad():
+        pairs = zip(output.flatten(0, -2).split(rows), target.flatten(0, -2).split(rows), strict=True)
+        for states, wanted in pairs:
+            logits = student.logits(states)
+            total += divergence_(logits, student.logits(wanted)).sum()
+            gradients.append((logits @ weight).to(output.dtype))
+    return total, torch.cat(gradients).view(output.shape)
+
+
+@torch.no_grad()
+def held_out(student: Student, text: TrainingText, teacher: StoredTeacher | ResidentTeacher, batch: int = 1) -> float:
+    """Mean KL(16-bit ‖ quantized) in nats per token on samples that training does not see.
+
+    Args:
+        batch: samples at a time; always as many, so that compiled layers need not be compiled again.
+    """
+    total = torch.zeros((), device=student.source.device)
+    for rows in torch.arange(text.held_out).split(batch):
+        filled = torch.cat((rows, rows[:1].expand(batch - len(rows))))
+        states = student.states(text.tokens[filled].to(student.source.device, torch.int64))
+        total += divergence(student, states[: len(rows)], teacher.states(rows))[0]
+    return total.item() / (text.held_out * text.tokens.shape[1])
+
+
+def train_model(
+    source: SourceModel,
+    config: QuantConfig,
+    recipe: Recipe,
+    packed: TensorStore,
+    text: TrainingText,
+    teacher: StoredTeacher | ResidentTeacher,
+    plan: TrainingPlan,
+    saved: tuple[Path | None, Path | None],
+    curve: Curve,
+    progress: Progress,
+    rates: dict[str, float] = RATES,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Train scales, zeros, angles and norms, and the codes too if the recipe says so.
+
+    Args:
+        source: the 16-bit model.
+        config: the checkpoint's format.
+        recipe: settings of the run.
+        packed: tensors of the quantized layers, and of norms that training has changed.
+        text: to train on.
+        teacher: gives the 16-bit model's states.
+        plan: how it fits into memory.
+        saved: files of `Training`: `saved` and `stable`.
+        curve: takes the losses.
+        progress: shows a bar.
+        rates: peak Adam learning rates by kind of parameter; the codes' is the recipe's.
+
+    Returns:
+        the tensors that the checkpoint holds now in place of `packed`, and for the report the course of the training.
+    """
+    rates = rates | {"codes": recipe.code_lr}
+    student = Student(
+        source, config, packed, recipe.train_codes, latent_dtype(plan.optimizer_bits), recompute=plan.recompute
+    )
+    size = plan.samples_per_step
+    if plan.compile:
+        student.compile(text.tokens[: plan.micro_batch].to(source.device, torch.int64))
+    tokens_per_step = size * text.tokens.shape[1]
+
+    def step_loss(step: int) -> torch.Tensor:
+        total = torch.zeros((), device=source.device)
+        for rows in text.batch(step, size, recipe.seed).split(plan.micro_batch):
+            tokens = text.tokens[rows].to(source.device, torch.int64, non_blocking=True)
+            output = student.states(tokens)
+            loss, gradient = divergence(student, output, teacher.states(rows))
+            output.backward(gradient / tokens_per_step)
+            total += loss
+        return total / tokens_per_step
+
+    steps = -(-recipe.train_tokens // tokens_per_step)
+    parameters = student.parameters()
+    training = Training(
+        optimizer=Optimizer(parameters, plan.optimizer_bits, in_backward=plan.micro_batch >= size),
+        rates=rates,
+        schedule=Schedule.of(recipe.schedule, steps),
+        step_loss=step_loss,
+        after_step=student.clamp_codes,
+        seed=recipe.seed,
+        title="end-to-end training" + (" with codes" if recipe.train_codes else ""),
+        tokens_per_step=tokens_per_step,
+        saved=saved[0],
+        stable=saved[1] if recipe.schedule == "wsd" else None,
+        curve=curve,
+        measure=(lambda: held_out(student, text, teacher, plan.micro_batch)) if text.held_out else None,
+        measure_at=frozenset(round(steps * (i + 1) / MEASUREMENTS) for i in range(MEASUREMENTS)),
+    )
+    training.run(progress)
+    report = {
+        "learning_rates": {kind: rates[kind] for kind, tensors in parameters.items() if tensors},
+        "tokens_per_step": tokens_per_step,
+        "losses": curve.losses,
+        "held_out_curve": curve.held_out,
+        "plan": plan.to_dict(),
+    }
+    if curve.held_out:
+        report["held_out_divergence"] = curve.held_out[-1][1]
+    return student.tensors(), report

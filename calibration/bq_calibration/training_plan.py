@@ -1,0 +1,116 @@
+"""How end-to-end training fits into memory, decided before it begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from .errors import UserError
+from .model import SourceModel
+from .recipes import Recipe
+
+SHARE = 0.85  # of the free memory that a run may take unless --memory-budget says otherwise
+STORED_STATES = 0.25  # of the budget that the teacher's states may take
+LOGITS = 2**31  # bytes around the loss on a GPU: logits of both models and their gradient; a sixty-fourth on a CPU
+PROCESS = int(6e8)  # Python, torch and its libraries
+PER_FEATURE = 6  # bytes that autograd keeps per input and output feature of a linear layer and per token
+# bytes per weight: latent code, gradient, two moments; the gradient is freed at once where one pass is one step
+CODES = {32: (4, 4, 8), 8: (2, 2, 2.04)}
+PER_GROUP = 20  # bytes of a scale: initial value, ratio, gradient, two moments
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The choices that bring a training into a budget of memory.
+
+    Attributes:
+        samples_per_step: of the optimizer.
+        micro_batch: samples per pass; gradients of several passes are added up.
+        recompute: whether activations inside decoder layers are computed twice, not kept.
+        optimizer_bits: 32 or 8, see `Optimizer`.
+        stores_teacher: whether the 16-bit model's states are computed once and kept; else the model is in memory.
+        compile: whether decoder layers are compiled.
+        memory_bytes: about what training takes.
+    """
+
+    samples_per_step: int
+    micro_batch: int
+    recompute: bool
+    optimizer_bits: int
+    stores_teacher: bool
+    compile: bool
+    memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as workspace and report hold them."""
+        return dataclasses.asdict(self)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a run may take on a device when nobody names a budget."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(SHARE * free)
+
+
+def training_plan(source: SourceModel, recipe: Recipe, samples: int, budget: int) -> TrainingPlan:
+    """The fastest way to train within a budget: as few passes per step as fit, activations kept if they can be.
+
+    Args:
+        source: the 16-bit model.
+        recipe: settings of the run.
+        samples: that the text has, those that are held out among them.
+        budget: bytes.
+
+    Raises:
+        UserError: if nothing fits.
+    """
+    per_step = max(1, recipe.tokens_per_step // recipe.seqlen)
+    hidden = source.text_config.hidden_size
+    states = samples * recipe.seqlen * hidden * source.dtype.itemsize
+    stored = states <= STORED_STATES * budget
+    compiled = recipe.compile == "on" or (recipe.compile == "auto" and source.device.type == "cuda")
+    least = None
+    for recompute in (False, True):
+        for passes in [n for n in range(1, per_step + 1) if per_step % n == 0]:
+            plan = TrainingPlan(per_step, per_step // passes, recompute, recipe.optimizer_bits, stored, compiled, 0)
+            needed = _memory(source, recipe, plan, states)
+            least = min(needed, least or needed)
+            if needed <= budget:
+                return dataclasses.replace(plan, memory_bytes=needed)
+    raise UserError(
+        f"end-to-end training needs {least / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be taken: "
+        + ("use --optimizer-bits 8, " if recipe.train_codes and recipe.optimizer_bits != 8 else "")
+        + ("use --no-train-codes, " if recipe.train_codes else "")
+        + "lower --seqlen, or raise --memory-budget"
+    )
+
+
+def _memory(source: SourceModel, recipe: Recipe, plan: TrainingPlan, states: int) -> int:
+    """Bytes that training takes at its peak, about."""
+    linears = source.empty_block(0).linears().values()
+    weights = sum(layer.in_features * layer.out_features for layer in linears)
+    features = sum(layer.in_features + layer.out_features for layer in linears)
+    group = recipe.group_size if recipe.group_size > 0 else source.text_config.hidden_size
+    per_weight = PER_GROUP / group
+    latent, gradient, moments = CODES[plan.optimizer_bits]
+    one_pass = plan.micro_batch >= plan.samples_per_step
+    if recipe.train_codes:
+        per_weight += latent + moments + (0 if one_pass else gradient)
+    else:
+        per_weight += recipe.bits / 8
+    item = source.training_dtype.itemsize
+    # while a layer is at work: its weight rounded, in training dtype and float32, and its gradient
+    at_work = weights * (4 + item + (gradient if recipe.train_codes else 4))
+    kept_weights = item * weights * source.num_blocks if recipe.train_codes and not plan.recompute else 0
+    tokens = plan.micro_batch * recipe.seqlen
+    layers = 1 if plan.recompute else source.num_blocks
+    activations = tokens * (PER_FEATURE * features * layers + 4 * source.text_config.hidden_size * source.num_blocks)
+    table = source.vocabulary * source.text_config.hidden_size * (4 + item)
+    teacher = 0 if plan.stores_teacher else source.dtype.itemsize * weights * source.num_blocks + table
+    logits = LOGITS if source.device.type == "cuda" else LOGITS // 64
+    whole = int(per_weight * weights * source.num_blocks) + kept_weights
+    return PROCESS + whole + at_work + activations + table + teacher + logits + states * plan.stores_teacher
