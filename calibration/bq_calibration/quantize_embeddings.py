@@ -25,7 +25,6 @@ from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
 EMBEDDINGS = "embeddings"  # folder of the workspace
-LOOK_UP_SHARE = 0.1  # of the Hessian's trace, where one weight is both embedding and LM head
 ROWS = 8192  # tokens that are rounded at a time
 
 
@@ -42,7 +41,7 @@ def quantize_embeddings(
 
     The LM head is rounded for the states that the quantized model gives it, those of a rounded embedding if there is
     one. The error of a look-up counts alike in all features: the Hessian of an embedding is the identity. Where both
-    are one weight, its Hessian is that of the LM head and a share of the identity.
+    are one weight, it is rounded as LM head: a share of the identity in its Hessian has cost more than it gained.
 
     Args:
         source: the 16-bit model.
@@ -71,9 +70,7 @@ def quantize_embeddings(
                 known = workspace.load(f"{EMBEDDINGS}/{names[0]}") if len(names) == 2 else None
                 embedding = {} if known is None else _dense(source, names[0], known, config)
                 statistics = head_inputs(source, config, packed, embedding, tokens[: recipe.samples], progress)
-                share = LOOK_UP_SHARE if tied else 0.0
-                mean = statistics.hessian.diagonal().mean()
-                hessian, sample = (1 - share) * statistics.hessian + share * mean * hessian, statistics.sample
+                hessian, sample = statistics.hessian, statistics.sample
             seed = derive_seed(recipe.seed, source.num_blocks, place)
             return _round(name, weight, hessian, sample, config, recipe, seed, progress)
 
