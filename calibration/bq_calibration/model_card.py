@@ -111,13 +111,14 @@ def write_model_card(folder: Path, source: SourceModel, config: QuantConfig, rep
 def _kept(source: SourceModel, config: QuantConfig) -> str:
     """Sentences on the embedding and the LM head, and on all that is not quantized."""
     names = source.embedding_names
-    called = dict(zip(names, ("The embedding", "The LM head"), strict=False))
-    called[names[0]] += ", which is the LM head too," * (len(names) == 1)
-    packed = [f"{called[name]} has {config.bits_of(name)} bits." for name in names if config.packs(name)]
-    kept = [called[name].rstrip(",").lower().replace("lm", "LM") for name in names if not config.packs(name)]
+    titles = ("embedding", "LM head") if len(names) == 2 else ("embedding and LM head (one weight)",)
+    titles = dict(zip(names, titles, strict=True))
+    packed = [
+        f"{title[0].upper()}{title[1:]}: {config.bits_of(n)} bits." for n, title in titles.items() if config.packs(n)
+    ]
+    kept = [title for name, title in titles.items() if not config.packs(name)]
     rest = [*kept, "norms", *(part.replace("_", " ") for part in source.other_parts)]
-    listed = " and ".join([", ".join(rest[:-1]), rest[-1]] if len(rest) > 1 else rest)
-    return " ".join([*packed, f"{listed[0].upper()}{listed[1:]} are those of the original."])
+    return " ".join([*packed, f"As in the original: {', '.join(rest)}."])
 
 
 def _source_card(source: SourceModel) -> dict[str, Any]:

@@ -223,10 +223,10 @@ def test_dry_run_counts_them(tied, model, text, tmp_path):
 
 
 def test_card(tied, untied):
-    assert "The embedding, which is the LM head too, has 4 bits. Norms are those of the original." in " ".join(
+    assert "Embedding and LM head (one weight): 4 bits. As in the original: norms." in " ".join(
         (tied / "README.md").read_text().split()
     )
-    assert "The embedding has 3 bits. The LM head has 4 bits. Norms are" in " ".join(
+    assert "Embedding: 3 bits. LM head: 4 bits. As in the original: norms." in " ".join(
         (untied / "README.md").read_text().split()
     )
 
