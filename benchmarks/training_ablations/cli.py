@@ -36,6 +36,7 @@ from rich.progress import Progress
 
 from benchmarks.harness.provenance import claim_folder, command, cpu, versions
 from benchmarks.harness.results import finish
+from benchmarks.harness.settings import parsed
 from benchmarks.training_ablations.arms import ARMS, Arm
 from benchmarks.training_ablations.report import table_of
 from benchmarks.training_ablations.truncate import truncate
@@ -51,7 +52,7 @@ COMMON: dict[str, Any] = {
     "seqlen": 512,
     "train_codes": True,
     "tokens_per_step": 1024,
-    "code_lr": 2e-2,
+    "code_lr": 2e-3,
 }
 HELD_OUT = 8  # windows
 
@@ -59,7 +60,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class SmallModel:
     """The small model, and the text of its training."""
 
     source: SourceModel
@@ -67,11 +68,12 @@ class Problem:
     text: TrainingText
     teacher: StoredTeacher
     vocabulary: Vocabulary
+    common: dict[str, Any]
     out: Path
 
     def recipe(self, arm: Arm, tokens: int, seed: int) -> Recipe:
         """All settings of one training."""
-        return make_recipe("fast", COMMON | {"train_tokens": tokens, "seed": seed} | arm.recipe)
+        return make_recipe("fast", self.common | {"train_tokens": tokens, "seed": seed} | arm.recipe)
 
     def start(self, recipe: Recipe, progress: Progress) -> tuple[QuantConfig, Path]:
         """The rounded model of a recipe, made unless it is there, seed 0: its format and the folder of its tensors."""
@@ -95,7 +97,7 @@ class Problem:
         recipe = self.recipe(arm, tokens, seed)
         config, folder = self.start(recipe, progress)
         packed = TensorStore(folder)
-        plan = training_plan(self.source, recipe, len(self.text.tokens), 10**11)
+        plan = training_plan(self.source, recipe, 10**11)
         curve, started = Curve(), time.monotonic()
         steps = -(-tokens // (plan.samples_per_step * recipe.seqlen))
         with in_place(arm, steps, self.vocabulary) as made:
@@ -120,13 +122,21 @@ class Problem:
         return {"before": before, "after": after, "training_loss": course, "seconds": round(seconds, 1)}
 
 
-def make_problem(
-    model: Path, dataset: str, layers: int, windows: int, vocabulary: int, out: Path, progress: Progress
-) -> Problem:
+def make_small_model(
+    model: Path,
+    dataset: str,
+    layers: int,
+    tokens: int,
+    vocabulary: int,
+    common: dict[str, Any],
+    out: Path,
+    progress: Progress,
+) -> SmallModel:
     """The small model and its text, computed unless they are there."""
+    windows = -(-tokens // common["seqlen"])
     folder = truncate(model, layers, out)
     source = SourceModel(str(folder), torch.device("cpu"))
-    rows = calibration_tokens(source.tokenizer(), dataset, windows + HELD_OUT, COMMON["seqlen"], 0)
+    rows = calibration_tokens(source.tokenizer(), dataset, windows + HELD_OUT, common["seqlen"], 0)
     if len(rows) < windows + HELD_OUT:
         raise typer.BadParameter(f"{dataset}: fills {len(rows)} windows, {windows + HELD_OUT} are needed")
     work = Workspace(out / "teacher", resume=True)
@@ -134,7 +144,7 @@ def make_problem(
     states = work.tensors("states", lambda: {"states": teacher_states(source, rows, progress)})["states"]
     teacher = StoredTeacher(states, source.device)
     frequent = Vocabulary(rows, vocabulary, source.vocabulary)
-    return Problem(source, folder, TrainingText(rows, HELD_OUT, shuffled=True), teacher, frequent, out)
+    return SmallModel(source, folder, TrainingText(rows, HELD_OUT, shuffled=True), teacher, frequent, common, out)
 
 
 @app.command(help=__doc__)
@@ -144,6 +154,7 @@ def main(
     layers: Annotated[int, typer.Option(help="Decoder layers of the small model.")] = 6,
     tokens: Annotated[str, typer.Option(help="Tokens per arm; no window is seen twice.")] = "128k",
     vocabulary: Annotated[int, typer.Option(help="Most frequent tokens, between which the models choose.")] = 12_288,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of a setting that all share.")] = None,
     only: Annotated[str, typer.Option(help=f"Of {', '.join(ARMS)}; all by default.")] = "",
     out: Annotated[Path, typer.Option(help="Folder that keeps starts and measurements.")] = Path("build/training"),
     as_json: Annotated[Path | None, typer.Option("--json", help="Results; OUT/results.json by default.")] = None,
@@ -152,13 +163,13 @@ def main(
     chosen = [name for name in only.split(",") if name] or list(ARMS)
     if unknown := sorted(set(chosen) - set(ARMS)):
         raise typer.BadParameter(f"--only {unknown[0]}: expected one of {', '.join(ARMS)}")
-    count, console = parse_tokens(tokens), Console()
+    count, console, common = parse_tokens(tokens), Console(), COMMON | parsed(changes or [])
     settings = {"model": str(model.resolve()), "dataset": dataset, "layers": layers, "tokens": count}
     settings |= {"vocabulary": vocabulary}
-    claim_folder(out, settings | {"common": COMMON})
+    claim_folder(out, settings | {"common": common})
     results: dict[str, dict[str, Any]] = {}
     with Progress(console=Console(stderr=True)) as progress:
-        problem = make_problem(model, dataset, layers, -(-count // COMMON["seqlen"]), vocabulary, out, progress)
+        small = make_small_model(model, dataset, layers, count, vocabulary, common, out, progress)
         for question in chosen:
             results[question] = {}
             for name, arm in ARMS[question].items():
@@ -167,7 +178,7 @@ def main(
                     file = out / "measured" / f"{question}-{name}-{seed}.json".replace(" ", "-").replace("/", "_")
                     if not file.exists():
                         file.parent.mkdir(exist_ok=True)
-                        file.write_text(json.dumps(problem.measure(arm, count, seed, progress)))
+                        file.write_text(json.dumps(small.measure(arm, count, seed, progress)))
                     rows.append(json.loads(file.read_text()))
                 results[question][name] = rows
                 console.print(f"{question}, {name}: {[round(row['after'], 4) for row in rows]}")
@@ -175,8 +186,8 @@ def main(
         "command": command(),
         "device": cpu(),
         "versions": versions("torch", "transformers"),
-        "share_of_vocabulary": problem.vocabulary.share,
-        "settings": settings | {"model": model.name, "dataset": dataset_name(dataset), "common": COMMON},
+        "share_of_vocabulary": small.vocabulary.share,
+        "settings": settings | {"model": model.name, "dataset": dataset_name(dataset), "common": common},
         "results": results,
     }
     finish(console, record, as_json or out / "results.json", [table := table_of(record)], markdown=table)

@@ -22,21 +22,10 @@ from rich.console import Console
 
 from benchmarks.harness.provenance import claim_folder, command, versions
 from benchmarks.harness.results import finish
+from benchmarks.harness.settings import parsed
 from benchmarks.training_ladder.report import plot, table_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-def parsed(settings: list[str]) -> dict[str, Any]:
-    """NAME=VALUE as fields of a recipe; values are JSON, or else text."""
-    found = {}
-    for setting in settings:
-        name, _, value = setting.partition("=")
-        try:
-            found[name] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name] = value
-    return found
 
 
 def scores(model: str, texts: list[str], context: int, windows: int | None, device: str) -> dict[str, float]:

@@ -73,6 +73,7 @@ def _recipe_flag(field: dataclasses.Field) -> signatures.Parameter:
         "float": float,
         "float | None": float,
         "str": str,
+        "str | None": str,
         "int | None": str,
         "bool": bool,
     }  # int | None: or full

@@ -89,9 +89,7 @@ def train_end_to_end(
     folder = workspace.path / blocks
     if not recipe.train_tokens:
         return folder, []
-    plan = TrainingPlan(
-        **workspace.json("plan", lambda: training_plan(source, recipe, len(text.tokens), memory_budget).to_dict())
-    )
+    plan = TrainingPlan(**workspace.json("plan", lambda: training_plan(source, recipe, memory_budget).to_dict()))
     packed = TensorStore(folder)
     if plan.stores_teacher:
         kept = workspace.tensors("teacher", lambda: {"states": teacher_states(source, text.tokens, progress)})
@@ -204,7 +202,7 @@ def train_model(
             total += loss
         return total / tokens_per_step
 
-    steps = -(-recipe.train_tokens // tokens_per_step)
+    steps = recipe.train_steps
     parameters = student.parameters()
     training = Training(
         optimizer=Optimizer(parameters, plan.optimizer_bits, in_backward=plan.micro_batch >= size),

@@ -21,12 +21,13 @@ from .files import warn_of_large_files
 from .logs import log_to
 from .model import SourceModel
 from .model_card import write_model_card
-from .quantize_blocks import quantize_blocks
+from .quantize_blocks import BLOCKS, quantize_blocks
 from .quantize_embeddings import quantize_embeddings
 from .recipes import Recipe, packed_embeddings, quant_config
 from .report import run_facts, write_report
 from .sensitivity import mixed_bits
 from .training_plan import free_memory
+from .training_text import check_training_text, training_rows
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -76,10 +77,12 @@ class Calibration:
         Raises:
             UserError: naming the problem; finished blocks are kept for a run with `resume`.
         """
+        if not self.workspace.path.exists():  # else an earlier run has checked it, and may have all it needs
+            check_training_text(self.recipe)
         settings = {"model": str(self.source.folder.resolve()), **self.recipe.to_dict()}
         settings["compute_dtype"] = self.source.compute.to_dict()
         settings["source_sha256"] = preflight.source_fingerprint(self.source, progress)
-        settings["data_sha256"] = preflight.data_fingerprint(self.recipe.dataset, progress)
+        settings["data_sha256"] = preflight.data_fingerprint(self.recipe, progress)
         plan, work = preflight.plan(self.source, self.config, self.recipe, self.memory_budget), self.workspace
         with work.opened(settings, plan.disk_bytes), log_to(work.log):
             logger.info("%s: %s", self.source.name, settings)
@@ -108,6 +111,7 @@ class Calibration:
         Raises:
             UserError: naming the problem.
         """
+        check_training_text(self.recipe)
         plan = preflight.plan(self.source, self.config, self.recipe, self.memory_budget)
         self.workspace.check_free(plan.disk_bytes)
         warn_of_large_files(self.source.folder)
@@ -141,11 +145,7 @@ class Calibration:
             bits = work.json("module_bits", lambda: mixed_bits(source, self.config, recipe, tokens, progress))
             self.config = dataclasses.replace(self.config, module_bits=self.config.module_bits | bits)
         blocks = quantize_blocks(source, self.config, recipe, tokens, work, progress)
-        count = len(tokens) - recipe.held_out
-        text = TrainingText(torch.cat((tokens[count:], tokens[:count])), recipe.held_out, shuffled=True)
-        trained, stages = train_end_to_end(
-            source, self.config, recipe, text, work, "blocks", self.memory_budget, progress
-        )
+        trained, stages = self._train(tokens, progress)
         packed, embeddings = quantize_embeddings(source, self.config, recipe, tokens, trained, work, progress)
         final = work.path / "final"
         export(source, packed, self.config, final)
@@ -164,6 +164,21 @@ class Calibration:
         write_checksums(final)
         work.publish(final)
         return report
+
+    def _train(self, windows: torch.Tensor, progress: Progress) -> tuple[Path, list[dict[str, Any]]]:
+        """The end-to-end stage on the recipe's mix, or on the windows that the blocks have seen."""
+        recipe, mixed = self.recipe, None
+        if recipe.train_tokens and recipe.mix is not None:
+            mixed = training_rows(self.source, recipe, recipe.text_samples, self.workspace, progress)
+            text = TrainingText(mixed.tokens, recipe.held_out, shuffled=False)
+        else:
+            count = len(windows) - recipe.held_out
+            text = TrainingText(torch.cat((windows[count:], windows[:count])), recipe.held_out, shuffled=True)
+        arguments = (self.source, self.config, recipe, text, self.workspace, BLOCKS, self.memory_budget, progress)
+        tensors, stages = train_end_to_end(*arguments)
+        if mixed is not None:
+            stages[-1]["text"] = mixed.report
+        return tensors, stages
 
     def _format(self) -> QuantConfig:
         """The checkpoint's format, checked against the shapes of the model's layers."""

@@ -15,12 +15,14 @@ from .block import TOKENS_PER_BATCH, Block
 from .compute import dtype_name, operations_per_second
 from .errors import UserError, explain
 from .files import carried_files
+from .mix import parse_mix
 from .model import SourceModel
 from .quantize_embeddings import ROWS
 from .recipes import Recipe
 from .rotation import MOST_ROWS
 from .training_plan import PROCESS, training_plan
 
+MOST_STATES = 2**34  # bytes of the teacher's states on disk: larger ones are rarely within a budget of memory
 _CHUNK = 2**24  # bytes that are hashed at a time
 
 
@@ -48,9 +50,11 @@ def source_fingerprint(source: SourceModel, progress: Progress) -> str:
     return fingerprint([*source.store.files, *beside], progress, "fingerprint of the model")
 
 
-def data_fingerprint(datasets: str, progress: Progress) -> str | None:
+def data_fingerprint(recipe: Recipe, progress: Progress) -> str | None:
     """SHA-256 of the local files among data sets; None where there are none."""
-    files = [Path(part) for part in datasets.split(",") if Path(part).is_file()]
+    names = [*recipe.dataset.split(","), *(recipe.decontaminate or "").split(",")]
+    names += [part.name for part in parse_mix(recipe.mix)] if recipe.mix else []
+    files = [Path(name) for name in names if Path(name).is_file()]
     return fingerprint(files, progress, "fingerprint of the data") if files else None
 
 
@@ -175,7 +179,9 @@ def _disk(source: SourceModel, config: QuantConfig, recipe: Recipe, checkpoint: 
         trained = weights if recipe.train_codes else weights // config.group(source.text_config.hidden_size)
         moments = 12 if recipe.optimizer_bits == 32 else 5  # value and moments, per parameter
         files = 2 + (recipe.schedule == "wsd")  # while a file is replaced it is there twice
-        needed += _states(source, recipe) + packed + files * moments * trained
+        text = recipe.text_samples * recipe.seqlen
+        states = text * source.text_config.hidden_size * source.dtype.itemsize
+        needed += min(states, MOST_STATES) + 4 * text + packed + files * moments * trained
     return needed
 
 
@@ -199,7 +205,7 @@ def _memory(source: SourceModel, recipe: Recipe, weights: int, features: int, bu
         )
     if not recipe.train_tokens:
         return blocks
-    return max(blocks, training_plan(source, recipe, recipe.windows, budget).memory_bytes)
+    return max(blocks, training_plan(source, recipe, budget).memory_bytes)
 
 
 def _embedding_memory(source: SourceModel, recipe: Recipe, embeddings: dict[str, tuple[int, int]]) -> int:

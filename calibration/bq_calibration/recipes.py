@@ -133,6 +133,17 @@ class Recipe:
         choices=("auto", "on", "off"),
     )
     dataset: str = _setting("c4", DATA, "wikitext2, c4, self, a .txt/.jsonl/.parquet file; or several: A,B.")
+    mix: str | None = _setting(
+        None,
+        DATA,
+        "Text of end-to-end training, rows shared out by weight: NAME[:WEIGHT],…, each as for --dataset or org/name of "
+        "the Hub; else the sequences of --dataset.",
+    )
+    decontaminate: str | None = _setting(
+        None,
+        DATA,
+        "Evaluation texts to keep out of --mix: A,B, or none; wikitext2 and c4 if it takes text from the Hub.",
+    )
     samples: int = _setting(128, DATA, "Sequences for rounding.", least=1)
     train_samples: int = _setting(128, DATA, "Sequences for training, those for rounding among them.", least=1)
     held_out: int = _setting(8, DATA, "Further sequences on which the report measures what training gains.", least=0)
@@ -152,6 +163,21 @@ class Recipe:
     def windows(self) -> int:
         """Sequences that the run asks for, those that are held out among them."""
         return max(self.samples, self.train_samples) + self.held_out if self.trains else self.samples
+
+    @property
+    def samples_per_step(self) -> int:
+        """Sequences per step of end-to-end training."""
+        return max(1, self.tokens_per_step // self.seqlen)
+
+    @property
+    def train_steps(self) -> int:
+        """Steps of end-to-end training."""
+        return -(-self.train_tokens // (self.samples_per_step * self.seqlen))
+
+    @property
+    def text_samples(self) -> int:
+        """Sequences of the text of end-to-end training, those that are held out among them."""
+        return self.windows if self.mix is None else self.held_out + self.train_steps * self.samples_per_step
 
     def fitted(self, windows: int) -> Recipe:
         """The recipe for data of fewer sequences than it asks for: nothing that is held out is rounded or trained on.
@@ -185,6 +211,19 @@ RECIPES: dict[str, Recipe] = {
         seqlen=512,
         block_tokens=245_760,
         train_tokens=327_680,
+    ),
+    # codes trained end to end on as many tokens as a GPU gets through in minutes to hours; blocks need no training of
+    # their own then. Not measured: no GPU has run it
+    "max": Recipe(
+        rotation="hadamard",
+        refine=2,
+        compare=False,
+        held_out=16,
+        train_tokens=30_000_000,
+        train_codes=True,
+        tokens_per_step=32_768,
+        schedule="wsd",
+        mix="c4:2,wikitext2:1,self:4",
     ),
     # arXiv 2509.09679: full width, identity start, Adam at 0.01 for at most 500 steps, uniformity on, 128 samples
     "paper": Recipe(

@@ -55,11 +55,12 @@ def write_report(
     verified = verify(folder, {dtype_name(source.kept_dtype(name)) for name in source.store.names()})
     inputs = [report for block in blocks for report in block["inputs"]]
     reconstruction = [block["reconstruction"] for block in blocks]
+    named = {"dataset": recipe.dataset, "mix": recipe.mix, "decontaminate": recipe.decontaminate}
     report = {
         "format_version": 1,
         "source_model": source.name,
         "quantization_config": config.to_dict(),
-        "recipe": recipe.to_dict() | {"dataset": dataset_name(recipe.dataset)},
+        "recipe": recipe.to_dict() | {name: value and dataset_name(value) for name, value in named.items()},
         "calibration_tokens": tokens,
         "totals": {
             "bits_per_weight": verified.bits_per_weight(),

@@ -56,21 +56,19 @@ def free_memory(device: torch.device) -> int:
     return int(SHARE * free)
 
 
-def training_plan(source: SourceModel, recipe: Recipe, samples: int, budget: int) -> TrainingPlan:
+def training_plan(source: SourceModel, recipe: Recipe, budget: int) -> TrainingPlan:
     """The fastest way to train within a budget: as few passes per step as fit, activations kept if they can be.
 
     Args:
         source: the 16-bit model.
         recipe: settings of the run.
-        samples: that the text has, those that are held out among them.
         budget: bytes.
 
     Raises:
         UserError: if nothing fits.
     """
-    per_step = max(1, recipe.tokens_per_step // recipe.seqlen)
-    hidden = source.text_config.hidden_size
-    states = samples * recipe.seqlen * hidden * source.dtype.itemsize
+    per_step, hidden = recipe.samples_per_step, source.text_config.hidden_size
+    states = recipe.text_samples * recipe.seqlen * hidden * source.dtype.itemsize
     stored = states <= STORED_STATES * budget
     compiled = recipe.compile == "on" or (recipe.compile == "auto" and source.device.type == "cuda")
     least = None
