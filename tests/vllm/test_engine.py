@@ -79,7 +79,7 @@ def run_engines(folder: Path, jobs: list[dict], **variables: str) -> tuple[list[
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=int(os.environ.get("EH_T", "400")),
+        timeout=400,
     )
     assert process.returncode == 0, process.stdout[-6000:]
     return json.loads(out.read_text()), process.stdout
