@@ -116,6 +116,15 @@ def _kernel_steps(plan: Plan) -> list[Step]:
             needs=gpu,
             result=plan.out / "layer.json",
         ),
+        Step(
+            name="vocabulary",
+            purpose="LM heads and look-ups of embeddings in 4 bits",
+            command=plan.kernels("vocabulary"),
+            seconds=60,
+            least=20,
+            needs=gpu,
+            result=plan.out / "vocabulary.json",
+        ),
     ]
 
 

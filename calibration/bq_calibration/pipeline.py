@@ -22,7 +22,8 @@ from .logs import log_to
 from .model import SourceModel
 from .model_card import write_model_card
 from .quantize_blocks import BLOCKS, quantize_blocks
-from .recipes import Recipe, quant_config
+from .quantize_embeddings import quantize_embeddings
+from .recipes import Recipe, packed_embeddings, quant_config
 from .report import run_facts, write_report
 from .sensitivity import mixed_bits
 from .training_plan import free_memory
@@ -93,7 +94,8 @@ class Calibration:
             preflight.check_activations(self.source, tokens, progress)
             report = self._stages(tokens, progress)
             bits, seconds = report["totals"]["bits_per_weight"], report["run"]["wall_seconds"]
-            logger.info("%s: %.3f bits per weight, %.0f s", work.out, bits, seconds)
+            whole = report["totals"]["file_bits_per_weight"]
+            logger.info("%s: %.3f bits per weight, %.3f in the whole file, %.0f s", work.out, bits, whole, seconds)
         if self.keep_work:
             work.keep()
         else:
@@ -141,13 +143,15 @@ class Calibration:
         source, recipe, work = self.source, self.recipe, self.workspace
         if recipe.target_bpw is not None:
             bits = work.json("module_bits", lambda: mixed_bits(source, self.config, recipe, tokens, progress))
-            self.config = dataclasses.replace(self.config, module_bits=bits)
+            self.config = dataclasses.replace(self.config, module_bits=self.config.module_bits | bits)
         blocks = quantize_blocks(source, self.config, recipe, tokens, work, progress)
-        tensors, stages = self._train(tokens, progress)
+        trained, stages = self._train(tokens, progress)
+        packed, embeddings = quantize_embeddings(source, self.config, recipe, tokens, trained, work, progress)
         final = work.path / "final"
-        export(source, tensors, self.config, final)
+        export(source, packed, self.config, final)
         used = tokens.numel() - recipe.held_out * tokens.shape[1] * recipe.trains
-        report = write_report(final, source, self.config, recipe, used, blocks, stages, run_facts(source, work))
+        parts = blocks, stages, embeddings
+        report = write_report(final, source, self.config, recipe, used, *parts, run_facts(source, work))
         if recipe.train_tokens:
             with explain_write(final):
                 (final / "report").mkdir()
@@ -179,7 +183,9 @@ class Calibration:
     def _format(self) -> QuantConfig:
         """The checkpoint's format, checked against the shapes of the model's layers."""
         block = self.source.empty_block(0)
-        config = quant_config(self.recipe, {group: block.in_features(group) for group in block.groups})
+        embeddings = packed_embeddings(self.recipe, self.source.embedding_names, self.source.name)
+        widths = {group: block.in_features(group) for group in block.groups}
+        config = quant_config(self.recipe, widths, embeddings)
         kept = (*config.modules_to_not_convert, *self.source.other_parts)
         config = dataclasses.replace(config, modules_to_not_convert=kept)
         try:

@@ -46,13 +46,14 @@ def quantize_block(
             weight = corrected(weight, hessian, statistics.drift, recipe.correction)
         seed = derive_seed(recipe.seed, block.index, place)
         bits = config.bits_of(block.prefix + group.layers[0])
-        angles, losses = _angles(group, weight, hessian, statistics.sample, bits, config, recipe, seed)
+        block_size = config.rotation.block(group.layers[0])
+        angles, losses = find_angles(weight, hessian, statistics.sample, block_size, bits, config, recipe, seed)
         quantized, errors = _round_and_compare(group, weight, hessian, angles, bits, config, recipe)
         tensors |= _stored_tensors(block, group, quantized, angles, config)
         block.install(tensors, config, [group])
         facts = {"block": block.index, "layers": group.name, "in_features": weight.shape[1], "bits": bits}
-        inputs = _input_report(statistics.sample, angles, config.rotation.block(group.layers[0]))
-        reports.append(facts | errors | {"learning_curve": losses} | inputs)
+        outliers = _input_report(statistics.sample, angles, block_size)
+        reports.append(facts | errors | {"learning_curve": losses} | outliers)
     return tensors, reports
 
 
@@ -76,18 +77,29 @@ def rotated(
     return rotation.forward(weight), rotation.rotate_hessian(hessian)
 
 
-def _angles(
-    group: InputGroup,
+def find_angles(
     weight: torch.Tensor,
     hessian: torch.Tensor,
-    inputs: torch.Tensor,
+    sample: torch.Tensor,
+    block_size: int,
     bits: int,
     config: QuantConfig,
     recipe: Recipe,
     seed: int,
 ) -> tuple[torch.Tensor | None, list[float]]:
-    """Angles of the group's rotation, None without one; and the losses of learning them."""
-    features, block_size = weight.shape[1], config.rotation.block(group.layers[0])
+    """Angles of the rotation in front of a weight, None without one; and the losses of learning them.
+
+    Args:
+        weight: float32 [N, K].
+        hessian: float32 [K, K], mean of x xᵀ.
+        sample: float32 [tokens, K] of the inputs x.
+        block_size: of the rotation.
+        bits: per code.
+        config: the checkpoint's format.
+        recipe: settings of the run.
+        seed: of random angles to start from.
+    """
+    features = weight.shape[1]
     if config.rotation.kind == "none":
         return None, []
     if config.rotation.kind == "hadamard":
@@ -95,7 +107,7 @@ def _angles(
     problem = RotationProblem(
         spread_rows(weight, MOST_ROWS),
         hessian,
-        spread_rows(inputs, MOST_ROWS // 4),
+        spread_rows(sample, MOST_ROWS // 4),
         block_size,
         bits,
         config.group(features),

@@ -30,6 +30,7 @@ def write_report(
     tokens: int,
     blocks: list[dict[str, Any]],
     stages: list[dict[str, Any]],
+    embeddings: list[dict[str, Any]],
     run: dict[str, Any],
 ) -> dict[str, Any]:
     """Verify a finished checkpoint and write `bq_report.json` into it.
@@ -42,6 +43,7 @@ def write_report(
         tokens: calibration tokens used.
         blocks: per decoder layer, the reports of its input groups and the losses of its reconstruction, or None.
         stages: of end-to-end training, the model as it was rounded first; empty without training.
+        embeddings: of the embedding and the LM head, where they are packed.
         run: time, memory and machine: all that differs from run to run stands here.
 
     Returns:
@@ -62,7 +64,9 @@ def write_report(
         "calibration_tokens": tokens,
         "totals": {
             "bits_per_weight": verified.bits_per_weight(),
+            "file_bits_per_weight": verified.file_bits_per_weight(),
             "stored_bits": verified.stored_bits,
+            "weights": verified.weights,
             "quantized_weights": sum(n * k for n, k in verified.layers.values()),
             "checkpoint_bytes": verified.total_bytes,
             "source_bytes": sum(source.store.nbytes(name) for name in source.store.names()),
@@ -71,6 +75,7 @@ def write_report(
         "inputs": inputs,
         "reconstruction": reconstruction,
         "stages": stages,
+        "embeddings": embeddings,
         "gains": gains(recipe, inputs, reconstruction, stages),
         "run": run,
     }
