@@ -143,7 +143,8 @@ def check_recipe_values(words: list[str]) -> None:
 
     given = dict(itertools.pairwise(words))
     fields = {"--" + field.name.replace("_", "-"): field for field in dataclasses.fields(Recipe)}
-    types = {"int": int, "float": float, "float | None": float, "str": str, "int | None": int, "bool": lambda _: True}
+    types = {"int": int, "float": float, "str": str, "bool": lambda _: True}
+    types |= {f"{name} | None": types[name] for name in ("int", "float", "str")}
     convert = {flag: parse_tokens if f.metadata["tokens"] else types[f.type] for flag, f in fields.items()}
     overrides = {f.name: convert[flag](given[flag]) for flag, f in fields.items() if flag in given}
     assert make_recipe(given.get("--recipe", next(iter(RECIPES))), overrides)
@@ -255,7 +256,7 @@ def test_every_setting_is_documented_with_its_values():
     for field in dataclasses.fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
         assert all(rows[f"{flag} 4"][1:3]), f"{flag}: effect and advice"
-        values = [getattr(RECIPES[name], field.name) for name in ("fast", "best", "paper")]
+        values = [getattr(recipe, field.name) for recipe in RECIPES.values()]
         unset = "full" if field.name == "rotation_block" else "none"
         assert rows.get(f"{flag} 4") and [unset if v is None else str(v) for v in values] == values_of(flag)
 
@@ -263,7 +264,7 @@ def test_every_setting_is_documented_with_its_values():
 def values_of(flag: str) -> list[str]:
     """A flag's row in the table of the recipes' values."""
     text = (ROOT / "docs" / "calibration.md").read_text()
-    line = re.search(rf"^\| `{flag}` \|([^|]*)\|([^|]*)\|([^|]*)\|$", text, re.MULTILINE)
+    line = re.search(rf"^\| `{flag}` \|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|$", text, re.MULTILINE)
     return [cell.strip() for cell in line.groups()]
 
 

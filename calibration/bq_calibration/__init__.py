@@ -48,7 +48,7 @@ def calibrate(
     Args:
         model: folder of the 16-bit model, or its name on the hub.
         out: folder to write; must not exist.
-        recipe: `fast`, `best` or `paper`.
+        recipe: `fast`, `best`, `max` or `paper`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         compute_dtype: `auto`, `float32`, `bfloat16` or `float16`.
         memory_budget: GB that each process may take, of the GPU's memory where it computes there; by default most of

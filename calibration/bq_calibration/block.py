@@ -22,6 +22,7 @@ from .sampling import spread_rows
 TOKENS_PER_BATCH = 4096
 SAMPLE_TOKENS = 1024  # inputs kept for statistics and for the uniformity term
 _SAMPLE_PER_BATCH = 64
+_PANEL = 512  # rows of a symmetric product that are computed at once
 
 
 class _InputReached(Exception):
@@ -46,7 +47,9 @@ class InputStatistics:
     def add(self, x: torch.Tensor, x16: torch.Tensor | None = None) -> None:
         """Count inputs x [..., K] in, and perhaps the 16-bit model's inputs x16 at the same tokens."""
         x = x.detach().flatten(0, -2).float()
-        self._outer.addmm_(x.T, x)
+        for start in range(0, x.shape[1], _PANEL):  # the lower triangle; the rest mirrors it
+            stop = min(start + _PANEL, x.shape[1])
+            self._outer[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
         if x16 is not None:
             error = x16.detach().flatten(0, -2).float() - x
             self._drift = torch.zeros_like(self._outer) if self._drift is None else self._drift
@@ -65,7 +68,8 @@ class InputStatistics:
     @property
     def hessian(self) -> torch.Tensor:
         """Mean of x xᵀ over tokens, float32 [K, K]: the Hessian of the layer's squared output error, up to a factor."""
-        return self._outer / self.tokens
+        lower = self._outer.tril().div_(self.tokens)
+        return lower.add_(lower.tril(-1).T)
 
     @property
     def drift(self) -> torch.Tensor | None:

@@ -75,6 +75,7 @@ def _recipe_flag(field: dataclasses.Field) -> signatures.Parameter:
         "float": float,
         "float | None": float,
         "str": str,
+        "str | None": str,
         "int | None": str,
         "bool": bool,
     }  # int | None: or full
@@ -162,7 +163,8 @@ def _calibrate(
         return
     totals, facts = report["totals"], report["run"]
     stdout.print(
-        f"{out}: {totals['bits_per_weight']:.3f} bits per weight, {totals['checkpoint_bytes'] / 1e6:.1f} MB "
+        f"{out}: {totals['bits_per_weight']:.3f} bits per weight, {totals['file_bits_per_weight']:.3f} in the whole "
+        f"file, {totals['checkpoint_bytes'] / 1e6:.1f} MB "
         f"(16-bit: {totals['source_bytes'] / 1e6:.1f} MB), {facts['wall_seconds']:.0f} s, "
         f"peak {facts['peak_memory_bytes'] / 1e9:.2f} GB, computed in {facts['compute_dtype']['forward']}",
         soft_wrap=True,
@@ -175,7 +177,7 @@ def _plan_table(plan: dict[str, Any], out: Path) -> Table:
     table.add_row("windows of text", f"{plan['windows']} of {plan['seqlen']} tokens{held_out}")
     table.add_row("computed in", plan["compute_dtype"]["forward"])
     size = f"{plan['checkpoint_bytes'] / 1e6:.1f} MB, {plan['bits_per_weight']:.3f} bits per weight"
-    table.add_row("checkpoint", size)
+    table.add_row("checkpoint", f"{size}, {plan['file_bits_per_weight']:.3f} in the whole file")
     table.add_row("disk, unfinished work included", f"{plan['disk_bytes'] / 1e9:.2f} GB")
     table.add_row("memory, about", f"{plan['memory_bytes'] / 1e9:.1f} GB")
     if plan["seconds"] is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,10 @@ import torch
 from rich.progress import Progress
 
 from .errors import UserError, explain
+from .mix import FILES
 from .model import SourceModel
 from .recipes import Recipe
 from .self_text import sample_text
-from .skeleton import auto_class
-
-_LOCAL = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def dataset_name(datasets: str) -> str:
@@ -44,9 +44,7 @@ def gather_tokens(source: SourceModel, recipe: Recipe, progress: Progress) -> to
                 "are they of one model?"
             )
         return tokens
-    kind = auto_class(source.config.model_type)
-    model = kind.from_pretrained(source.folder, dtype=source.dtype).to(source.device).eval()
-    return sample_text(model, tokenizer, recipe.windows, recipe.seqlen, recipe.seed, progress)
+    return sample_text(source, recipe.windows, recipe.seqlen, recipe.seed, progress)
 
 
 def check_length(config, length: int, flag: str) -> None:
@@ -75,6 +73,19 @@ def _load(*arguments: Any, **options: Any) -> Any:
             datasets.enable_progress_bars()
 
 
+@contextlib.contextmanager
+def reading(dataset: str) -> Iterator[None]:
+    """Turn whatever goes wrong while a data set is read into a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        hint = " (an empty or damaged file?)" if Path(dataset).is_file() else "; without a network, give a local file"
+        words = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"{dataset}: cannot be read: {words[:300]}{hint}") from error
+
+
 def load_documents(dataset: str, split: str) -> list[str]:
     """Texts of a data set.
 
@@ -87,7 +98,7 @@ def load_documents(dataset: str, split: str) -> list[str]:
         UserError: if the data set is unknown, unreadable or empty.
     """
     path = Path(dataset)
-    try:
+    with reading(dataset):
         if dataset == "wikitext2":
             rows = _load("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
             documents = ["\n".join(row.rstrip("\n") for row in rows)]
@@ -96,13 +107,13 @@ def load_documents(dataset: str, split: str) -> list[str]:
             file = f"en/c4-{name}.00000-of-{'01024' if name == 'train' else '00008'}.json.gz"
             rows = _load("allenai/c4", data_files={name: file}, split=name, streaming=True)
             documents = [row["text"] for row in rows.take(4000)]
-        elif path.suffix in _LOCAL and path.is_file():
+        elif path.suffix in FILES and path.is_file():
             if not path.stat().st_size:
                 documents = []  # `datasets` would log a traceback
-            elif _LOCAL[path.suffix] == "text":
+            elif FILES[path.suffix] == "text":
                 documents = [path.read_text(encoding="utf-8")]
             else:
-                rows = _load(_LOCAL[path.suffix], data_files=str(path), split="train")
+                rows = _load(FILES[path.suffix], data_files=str(path), split="train")
                 if "text" not in rows.column_names:
                     raise UserError(f"{dataset}: no column 'text'; it has {rows.column_names}")
                 documents = list(rows["text"])
@@ -111,16 +122,10 @@ def load_documents(dataset: str, split: str) -> list[str]:
                     raise UserError(
                         f"{dataset}: row {wrong + 1}: text is a {type(documents[wrong]).__name__}, no string"
                     )
-        elif path.suffix in _LOCAL:
+        elif path.suffix in FILES:
             raise UserError(f"{dataset}: no such file")
         else:
             raise UserError(f"{dataset!r} is no data set: use wikitext2, c4, or a .txt, .jsonl or .parquet file")
-    except UserError:
-        raise
-    except Exception as error:
-        hint = " (an empty or damaged file?)" if path.is_file() else "; without a network, give a local file"
-        words = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{dataset}: cannot be read: {words[:300]}{hint}") from error
     documents = [document for document in documents if document and document.strip()]
     if not documents:
         raise UserError(f"{dataset}: the file is empty; calibration and evaluation need text")

@@ -94,8 +94,8 @@ def train_end_to_end(
         return folder, []
     plan = TrainingPlan(
         **workspace.json(
-            f"plan-{parallel.size()}",  # an interrupted run may go on with more processes, or fewer
-            lambda: training_plan(source, recipe, len(text.tokens), memory_budget).to_dict(),
+            f"plan/{parallel.size()}",  # an interrupted run may go on with more processes, or fewer
+            lambda: training_plan(source, recipe, memory_budget).to_dict(),
         )
     )
     packed = TensorStore(folder)
@@ -227,7 +227,7 @@ def train_model(
             total += loss
         return parallel.total(total / tokens_per_step)
 
-    steps = -(-recipe.train_tokens // tokens_per_step)
+    steps = recipe.train_steps
     parameters = student.parameters()
     training = Training(
         optimizer=Optimizer(parameters, plan.optimizer_bits, in_backward=plan.one_pass),

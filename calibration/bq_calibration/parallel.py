@@ -28,16 +28,17 @@ TIMEOUT = timedelta(days=7)  # the others wait while the first works alone; torc
 LAST_WORDS = 3.0  # seconds in which the process that failed first may say so: torchrun ends all once one has ended
 
 T = TypeVar("T")
+_alone = False
 
 
 def size() -> int:
     """Processes of the run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def rank() -> int:
     """This process's place among them, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def is_first() -> bool:
@@ -111,6 +112,17 @@ def from_first(compute: Callable[[], T]) -> T:
     found = [compute() if is_first() else None]
     dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
     return found[0]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """As if there were no other processes: for work of the first one whose parts would wait for them."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def wait() -> None:

@@ -31,6 +31,7 @@ def write_report(
     tokens: int,
     blocks: list[dict[str, Any]],
     stages: list[dict[str, Any]],
+    embeddings: list[dict[str, Any]],
     run: dict[str, Any],
 ) -> dict[str, Any]:
     """Verify a finished checkpoint and write `bq_report.json` into it.
@@ -43,6 +44,7 @@ def write_report(
         tokens: calibration tokens used.
         blocks: per decoder layer, the reports of its input groups and the losses of its reconstruction, or None.
         stages: of end-to-end training, the model as it was rounded first; empty without training.
+        embeddings: of the embedding and the LM head, where they are packed.
         run: time, memory and machine: all that differs from run to run stands here.
 
     Returns:
@@ -54,15 +56,18 @@ def write_report(
     verified = verify(folder, {dtype_name(source.kept_dtype(name)) for name in source.store.names()})
     inputs = [report for block in blocks for report in block["inputs"]]
     reconstruction = [block["reconstruction"] for block in blocks]
+    named = {"dataset": recipe.dataset, "mix": recipe.mix, "decontaminate": recipe.decontaminate}
     report = {
         "format_version": 1,
         "source_model": source.name,
         "quantization_config": config.to_dict(),
-        "recipe": recipe.to_dict() | {"dataset": dataset_name(recipe.dataset)},
+        "recipe": recipe.to_dict() | {name: value and dataset_name(value) for name, value in named.items()},
         "calibration_tokens": tokens,
         "totals": {
             "bits_per_weight": verified.bits_per_weight(),
+            "file_bits_per_weight": verified.file_bits_per_weight(),
             "stored_bits": verified.stored_bits,
+            "weights": verified.weights,
             "quantized_weights": sum(n * k for n, k in verified.layers.values()),
             "checkpoint_bytes": verified.total_bytes,
             "source_bytes": sum(source.store.nbytes(name) for name in source.store.names()),
@@ -71,6 +76,7 @@ def write_report(
         "inputs": inputs,
         "reconstruction": reconstruction,
         "stages": stages,
+        "embeddings": embeddings,
         "gains": gains(recipe, inputs, reconstruction, stages),
         "run": run,
     }

@@ -65,27 +65,25 @@ def free_memory(device: torch.device) -> int:
     return int(SHARE * psutil.virtual_memory().available / parallel.size())
 
 
-def training_plan(source: SourceModel, recipe: Recipe, samples: int, budget: int) -> TrainingPlan:
+def training_plan(source: SourceModel, recipe: Recipe, budget: int) -> TrainingPlan:
     """The fastest way to train within a budget: as few passes per step as fit, activations kept if they can be.
 
     Args:
         source: the 16-bit model.
         recipe: settings of the run.
-        samples: that the text has, those that are held out among them.
         budget: bytes, of each process.
 
     Raises:
         UserError: if nothing fits, or the samples of a step cannot be divided among the processes.
     """
-    per_step, processes = max(1, recipe.tokens_per_step // recipe.seqlen), parallel.size()
+    per_step, processes = recipe.samples_per_step, parallel.size()
     if per_step % processes:
         raise UserError(
             f"--tokens-per-step {recipe.tokens_per_step}: {per_step} sequences of {recipe.seqlen} tokens cannot be "
             f"divided among {processes} processes; use a multiple of {processes * recipe.seqlen}"
         )
-    share = per_step // processes
-    hidden = source.text_config.hidden_size
-    states = samples * recipe.seqlen * hidden * source.dtype.itemsize
+    share, hidden = per_step // processes, source.text_config.hidden_size
+    states = recipe.text_samples * recipe.seqlen * hidden * source.dtype.itemsize
     stored = states <= STORED_STATES * budget
     compiled = recipe.compile == "on" or (recipe.compile == "auto" and source.device.type == "cuda")
     least = None

@@ -162,14 +162,14 @@ def zero_point(zeros: torch.Tensor | None, bits: int) -> torch.Tensor | float:
 
 
 def levels(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
-    """s·(q − z) in float32 for codes [N, groups, group], scales and zeros [N, groups]; None: mid-rise."""
+    """s·(q − z) in float32 for codes [..., N, groups, group], scales and zeros [..., N, groups]; None: mid-rise."""
     return scales.float().unsqueeze(-1) * (codes - zero_point(zeros, bits))
 
 
 def dequantize(
     qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, in_features: int
 ) -> torch.Tensor:
-    """W′ = s·(q − z) in float32 [N, K]; mid-rise levels where `zeros` is None."""
+    """W′ = s·(q − z) in float32 [..., N, K]; mid-rise levels where `zeros` is None."""
     bits, group = layout_of(qweight, scales, in_features)
     return levels(unpack(qweight, bits).float().unflatten(-1, (-1, group)), scales, zeros, bits).flatten(-2)
 
@@ -195,6 +195,38 @@ def packed_linear(
     """
     weight = dequantize(qweight, scales, zeros, x.shape[-1])
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def packed_embedding(
+    ids: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    in_features: int,
+    dtype: torch.dtype,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows of W = W′ Q, looked up by token; only they are dequantized, and rotated back.
+
+    Args:
+        ids: integers [...], rows of the weight.
+        qweight: int32 [N, K·bits/32].
+        scales: float16 [N, K/group].
+        zeros: float16 [N, K/group], or None for mid-rise levels.
+        in_features: K.
+        dtype: of the result; everything before it is float32.
+        cos_sin, mix: tables of Q from `givens_tables`; None without a rotation.
+
+    Returns:
+        [..., K] in `dtype`, rounded once.
+
+    Raises:
+        IndexError: if an id is not a row.
+    """
+    rows = [None if stored is None else stored[ids] for stored in (qweight, scales, zeros)]
+    weight = dequantize(*rows, in_features)
+    return (weight if cos_sin is None else undo_rotation(weight, cos_sin, mix)).to(dtype)
 
 
 def dense_weight(

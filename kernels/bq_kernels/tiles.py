@@ -136,6 +136,41 @@ def dequantize(
     return (weight if cos_sin is None else undo_rotation(weight, cos_sin, mix)).to(dtype)
 
 
+def tiled_embedding(
+    ids: torch.Tensor,
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    in_features: int,
+    dtype: torch.dtype,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows of a tiled W′ Q, looked up by token, in plain torch: the kernel is tested against it.
+
+    Args:
+        ids: integers [...], rows of the weight.
+        tiles, scales, zeros: from `tile`; the rows that fill the last tile are 0.
+        in_features: K.
+        dtype: of the result; everything before it is float32.
+        cos_sin, mix: tables of Q from `reference.givens_tables`; None without a rotation.
+
+    Returns:
+        [..., K] in `dtype`, rounded once.
+
+    Raises:
+        IndexError: if an id is not a row.
+    """
+    flat = ids.flatten()
+    wanted, tile_of = (flat // TILE_N).unique(return_inverse=True)
+    codes = untile_codes(tiles[wanted], in_features, len(wanted) * TILE_N)
+    codes = codes[tile_of * TILE_N + flat % TILE_N].unflatten(-1, (scales.shape[0], -1))
+    scales, zeros = (None if t is None else t.T[flat] for t in (scales, zeros))
+    weight = levels(codes, scales, zeros, tile_bits(tiles)).flatten(-2)
+    weight = weight if cos_sin is None else undo_rotation(weight, cos_sin, mix)
+    return weight.to(dtype).contiguous().view(*ids.shape, in_features)
+
+
 def int8_linear(
     x: torch.Tensor,
     x_scales: torch.Tensor,

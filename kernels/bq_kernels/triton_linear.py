@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import triton
 
 from . import triton_decode, triton_gemm, triton_mma
@@ -48,6 +47,9 @@ from .triton_rotate_int8 import rotate_to_int8
 LAUNCH_TABLE = Path(__file__).with_name("launch.json")
 NOT_MEASURED = ", not measured"  # ends the name of an entry whose lines no GPU has run
 STREAMS, COUNTERS = 16, 1 << 15  # streams with counters of their own; programs of one launch that share sums
+MOST_DENSE = (
+    1 << 28
+)  # weights that `dense` dequantizes at a time: all of a decoder layer's, a part of a large LM head's
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,23 @@ def gemm_linear(x, tiles, scales, zeros, bias, out_features, launch: Launch, gpu
     return out
 
 
+def dense_linear(x, tiles, scales, zeros, bias, out_features, cos_sin=None, mix=None):
+    """Dequantize, then the vendor's product on x [rows, K]; the outputs of a large vocabulary part by part."""
+    step = max(MOST_DENSE // x.shape[1] // TILE_N, 1) * TILE_N
+    out = x.new_empty(len(x), out_features)
+    for start in range(0, out_features, step):
+        stop = min(start + step, out_features)
+        tile_rows = slice(start // TILE_N, triton.cdiv(stop, TILE_N))
+        columns = slice(start, tile_rows.stop * TILE_N)
+        packed = tiles[tile_rows], scales[:, columns], None if zeros is None else zeros[:, columns]
+        weight = dequantize(*packed, x.shape[1], stop - start, x.dtype, cos_sin, mix)
+        if bias is None:
+            torch.mm(x, weight.T, out=out[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop].to(x.dtype), x, weight.T, out=out[:, start:stop])
+    return out
+
+
 def folds_rotation(launch: Launch, rows: int, out_features: int, cos_sin: torch.Tensor, mix: torch.Tensor) -> bool:
     """Whether `dense` multiplies x as it is with W′ Q.
 
@@ -288,6 +307,5 @@ def packed_linear(
         elif launch.kernel == "gemm":
             out = gemm_linear(*packed, launch, gpu)
         else:
-            weight = dequantize(tiles, scales, zeros, in_features, out_features, x.dtype, *folded)
-            out = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+            out = dense_linear(*packed, *folded)
     return out.view(shape)

@@ -184,7 +184,7 @@ def test_a_smaller_budget_of_memory_gives_the_same_training(model, text, tmp_pat
     source, plans, budget = SourceModel(str(model), CPU), [], 10**10
     with pytest.raises(UserError, match=r"end-to-end training needs 0.* GB.*use --optimizer-bits 8, use --no-train"):
         while True:
-            plans.append(training_plan(source, recipe, 10, budget))
+            plans.append(training_plan(source, recipe, budget))
             budget = plans[-1].memory_bytes - 1
     choices = [(plan.recompute, plan.micro_batch) for plan in plans]
     assert choices[0] == (False, 4) and choices[-1] == (True, 1) and len(set(choices)) == len(choices)
@@ -291,10 +291,12 @@ def test_resumed_training_gives_the_same_bytes(settings, model, text, tmp_path, 
     assert curves[0] == curves[1]
 
 
-def test_an_extended_run_is_the_longer_run(model, text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_extended_run_is_the_longer_run(mixed, model, text, tmp_path, monkeypatch):
     """10 steps that go on to 20 give the bytes of 20 in one go; but for the warm-up, which is left out here."""
     monkeypatch.setattr(schedule_module, "WARM_UP", 0)
     base = SMALL | {"dataset": str(text), "tokens_per_step": 128, "train_codes": True, "schedule": "wsd"}
+    base |= {"mix": f"{text}:1"} if mixed else {}
 
     def calibrate(name: str, steps: int, extends: Path | None = None, **settings) -> Path:
         recipe = make_recipe("fast", base | {"train_tokens": steps * 128} | settings)
@@ -307,7 +309,9 @@ def test_an_extended_run_is_the_longer_run(model, text, tmp_path, monkeypatch):
     extended = calibrate("extended", 20, kept)
     assert (extended / "model.safetensors").read_bytes() == (long / "model.safetensors").read_bytes()
     assert (extended / "model.safetensors").read_bytes() != (short / "model.safetensors").read_bytes()
-    assert report_of(extended)["stages"][1]["losses"] == report_of(long)["stages"][1]["losses"]
+    stages = [report_of(folder)["stages"][1] for folder in (extended, long)]
+    assert stages[0]["losses"] == stages[1]["losses"]
+    assert all(stage["text"]["parts"][0]["rows"] == 2 + 20 * 4 for stage in stages if mixed)
     for message, arguments in {
         "code_lr was 0.005 in that run and is 0.1 now": {"steps": 20, "code_lr": 0.1},
         "has trained on 1280 tokens; ask for more": {"steps": 10},

@@ -24,22 +24,30 @@ def prompt_of(prompt: list[int] | dict) -> dict:
 
 
 def generate(llm, job: dict, lora: str | None = None) -> list[dict]:
-    """Greedy tokens for every prompt of a job, and their log-probabilities if it wants them."""
+    """Greedy tokens for every prompt of a job; log-probabilities of them, and of the prompt's, if it wants those."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     sampling = SamplingParams(
-        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=job["logprobs"], detokenize=False
+        temperature=0,
+        max_tokens=job["max_tokens"],
+        ignore_eos=True,
+        logprobs=job["logprobs"],
+        prompt_logprobs=job.get("prompt_logprobs"),
+        detokenize=False,
     )
     prompts = [prompt_of(prompt) for prompt in job["prompts"]]
     request = LoRARequest("adapter", 1, lora) if lora else None
-    answers = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False, lora_request=request)]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=request)
     return [
         {
             "tokens": list(answer.token_ids),
             "logprobs": [step[answer.token_ids[i]].logprob for i, step in enumerate(answer.logprobs or ())],
+            "prompt": [
+                step[output.prompt_token_ids[i]].logprob for i, step in enumerate(output.prompt_logprobs or ()) if step
+            ],
         }
-        for answer in answers
+        for output, answer in ((output, output.outputs[0]) for output in outputs)
     ]
 
 
