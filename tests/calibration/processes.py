@@ -1,7 +1,8 @@
 """Runs of several processes each, forked from one that has loaded torch: `python processes.py JOBS`, JOBS a JSON list.
 
 A job is {"processes", "arguments" of `calibrate`}, and perhaps "interrupted": the step of the training at which Ctrl-C
-comes, and "begun": the unfinished work of another run to go on from. Prints the exit codes of every job's processes.
+comes, and "begun": the unfinished work of another run to go on from. Layers do not compile. Prints the exit codes of
+every job's processes.
 """
 
 import json
@@ -13,6 +14,7 @@ import traceback
 
 import torch
 from bq_calibration import calibrate, parallel, pipeline, train  # noqa: F401 pipeline: loaded before the fork
+from torch import nn
 
 torch.set_num_threads(1)
 parallel.LAST_WORDS = 0.1
@@ -31,10 +33,20 @@ def interrupt_at(wanted: int) -> None:
     train.Training._step = stepping
 
 
+def break_compiler() -> None:
+    """Compiled layers fail in the middle."""
+
+    def broken(*_, **__):
+        raise RuntimeError("no compiler here")
+
+    nn.Module.compile = lambda layer, **_: setattr(layer.mlp, "forward", broken)
+
+
 def process(rank: int, job: dict, port: int) -> int:
     if job["processes"] > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["processes"], "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    break_compiler()
     if "interrupted" in job:
         interrupt_at(job["interrupted"])
     try:
