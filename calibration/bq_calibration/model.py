@@ -15,6 +15,7 @@ from bq_kernels.format import EMBEDDING, HEAD
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from . import parallel
 from .architecture import input_groups
 from .block import Block
 from .compute import compute_dtypes
@@ -88,7 +89,8 @@ class SourceModel:
         self._match_names()
         self.first_linear = f"{self.block_prefix(0)}{self.groups[0].layers[0]}.weight"
         self.stored_dtype = self.store.dtype(self.first_linear)
-        self.compute = compute_dtypes(compute_dtype, self.stored_dtype, device)
+        # a CPU is measured: the first process does it for all
+        self.compute = parallel.from_first(lambda: compute_dtypes(compute_dtype, self.stored_dtype, device))
         self.dtype, self.training_dtype = self.compute.forward, self.compute.training
         for parameter in self.skeleton.parameters():  # buffers keep their own dtype: positions need float32
             parameter.data = parameter.data.to(self.dtype)

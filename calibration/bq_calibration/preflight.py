@@ -11,6 +11,7 @@ import torch
 from bq_kernels.format import HEAD, QuantConfig
 from rich.progress import Progress
 
+from . import parallel
 from .block import TOKENS_PER_BATCH, Block
 from .compute import dtype_name, operations_per_second
 from .errors import UserError, explain
@@ -106,7 +107,7 @@ class Plan:
         file_bits_per_weight: of all tensors over all weights.
         checkpoint_bytes: of all tensors of the checkpoint.
         disk_bytes: free space that the run needs, unfinished work included.
-        memory_bytes: main memory, or memory of the GPU, about.
+        memory_bytes: main memory, or memory of the GPU, about; per process.
         operations: floating-point operations, about.
     """
 
@@ -194,7 +195,7 @@ def _memory(source: SourceModel, recipe: Recipe, weights: int, features: int, bu
     item = source.dtype.itemsize
     widest = max(source.empty_block(0).in_features(group) for group in source.groups)
     corrects = bool(recipe.correction)
-    states = _states(source, recipe) * (1 + bool(recipe.block_tokens or corrects) + corrects)
+    states = _states(source, recipe) * (1 + bool(recipe.block_tokens or corrects) + corrects) // parallel.size()
     layer = (18 if recipe.block_tokens else 10 + item * corrects) * weights
     layer += 40 * widest**2 + TOKENS_PER_BATCH * features * item
     blocks = PROCESS + states + layer
@@ -211,7 +212,7 @@ def _memory(source: SourceModel, recipe: Recipe, weights: int, features: int, bu
 def _embedding_memory(source: SourceModel, recipe: Recipe, embeddings: dict[str, tuple[int, int]]) -> int:
     """The weight in float32, its codes, and copies of the rows that are rounded at a time."""
     rounding = [6 * rows * columns + 40 * columns * (columns + ROWS) for rows, columns in embeddings.values()]
-    return PROCESS + max(rounding, default=0) + _states(source, recipe)
+    return PROCESS + max(rounding, default=0) + _states(source, recipe) // parallel.size()
 
 
 def _embedding_operations(recipe: Recipe, weights: int, embeddings: dict[str, tuple[int, int]]) -> float:

@@ -5,6 +5,7 @@ Rows are tokens and are rounded one by one, each with scales of its own: how oft
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from bq_kernels.format import QuantConfig
 from bq_kernels.reference import angles_of, dense_weight
 from rich.progress import Progress
 
+from . import parallel
 from .block import TOKENS_PER_BATCH, InputStatistics
 from .model import SourceModel
 from .quantize import refine
@@ -69,10 +71,12 @@ def quantize_embeddings(
             if tied or not is_embedding:
                 known = workspace.load(f"{EMBEDDINGS}/{names[0]}") if len(names) == 2 else None
                 embedding = {} if known is None else _dense(source, names[0], known, config)
-                statistics = head_inputs(source, config, packed, embedding, tokens[: recipe.samples], progress)
+                own = tokens[: recipe.samples][parallel.rank() :: parallel.size()]
+                statistics = head_inputs(source, config, packed, embedding, own, progress)
                 hessian, sample = statistics.hessian, statistics.sample
             seed = derive_seed(recipe.seed, source.num_blocks, place)
-            return _round(name, weight, hessian, sample, config, recipe, seed, progress)
+            settings = config, recipe, seed, progress
+            return parallel.from_first(functools.partial(_round, name, weight, hessian, sample, *settings))
 
         report = workspace.step(f"{EMBEDDINGS}/{name}", compute)
         logger.info("%s: %d bits, error %.4f", name, report["bits"], report["relative_error"])
@@ -101,14 +105,14 @@ def head_inputs(
     tokens: torch.Tensor,
     progress: Progress,
 ) -> InputStatistics:
-    """Statistics of the states in front of the LM head of the quantized model.
+    """Statistics of the states in front of the LM head of the quantized model, in all processes.
 
     Args:
         source: the 16-bit model.
         config: the checkpoint's format.
         packed: tensors of the quantized layers, and of trained norms.
         embedding: its rounded weight, by name; empty for that of the 16-bit model.
-        tokens: int64 [samples, seqlen].
+        tokens: this process's, int64 [samples, seqlen].
         progress: shows a bar.
     """
     task = progress.add_task("states in front of the LM head", total=source.num_blocks)
@@ -127,6 +131,7 @@ def head_inputs(
             for part in hidden.split(max(1, TOKENS_PER_BATCH // hidden.shape[1])):
                 statistics.add(norm(part))
     progress.remove_task(task)
+    statistics.add_up()
     return statistics
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from bq_kernels.format import QuantConfig
 
+from . import parallel
 from .checkpoint import REPORT, verify
 from .compute import dtype_name
 from .data import dataset_name
@@ -84,11 +85,12 @@ def write_report(
 
 
 def run_facts(source: SourceModel, workspace: Workspace) -> dict[str, Any]:
-    """Facts that differ from run to run: time, of interrupted processes too; memory, of the last one; machine."""
+    """Facts that differ from run to run: time, of interrupted runs too; memory, of the last first process; machine."""
     on_gpu = source.device.type == "cuda"
     return {
         "wall_seconds": round(workspace.elapsed(), 1),
         "resumed": workspace.resumed,
+        "processes": parallel.size(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
