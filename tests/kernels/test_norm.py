@@ -145,7 +145,9 @@ def test_arranged_norm(call, rows, features, block, bits, unit, exact):  # noqa:
     h, total = reference.rms_norm(x, residual, weight, 1e-5)
     wanted, sums = operands.arrange(reference.apply_rotation(h, *tables), bits, unit, exact)
     parts = got.split([wanted.numel(), sums[:, :rows].numel(), total.numel()])
-    torch.testing.assert_close(parts[0].view_as(wanted), wanted.float(), rtol=2.0**-10, atol=2.0**-10)
+    # operands are of the order of 2¹¹ times a factor of up to 8, behind a float32 rotation whose sums cancel
+    atol = 2.0**14 * 16 * torch.finfo(FLOAT).eps
+    torch.testing.assert_close(parts[0].view_as(wanted), wanted.float(), rtol=2.0**-10, atol=atol)
     torch.testing.assert_close(parts[1].view(-1, rows, 2)[..., 1], sums[:, :rows, 1])
     assert torch.equal(parts[2].view_as(total), total)
 
