@@ -24,7 +24,8 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from .backend import select_activation_bits, select_backend
+from . import fuse_norm
+from .backend import select_activation_bits, select_backend, select_fuse_norm
 from .warming import warm_up
 
 
@@ -129,6 +130,7 @@ class ButterflyLinearMethod(LinearMethodBase):
         self.rotates, self.block_size = config.rotation.kind != "none", config.rotation.block(modules[0])
         self.backend = select_backend()
         self.activation_bits = select_activation_bits(self.backend, config.prefill_activation_bits)
+        self.fuses_norm = select_fuse_norm(self.backend) and self.rotates
         self.dense = UnquantizedLinearMethod() if self.backend == "dense" else None
         self.compiles = self.backend == "triton" and not ops.interpreted()
 
@@ -178,6 +180,8 @@ class ButterflyLinearMethod(LinearMethodBase):
             layer.register_parameter(suffix, param)
         if self.compiles:
             warm_up.expect(layer)
+        if self.fuses_norm:
+            fuse_norm.install()
 
     def checkpoint_rows(self, layer: torch.nn.Module, output_partition_sizes: list[int], ranks: int) -> list[int]:
         """Outputs in the checkpoint, all ranks together, per output partition."""
@@ -249,6 +253,11 @@ class ButterflyLinearMethod(LinearMethodBase):
     def launch(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Launch the layer's kernels as for the tokens x [M, K]: those that are compiled ahead."""
         self.apply(layer, x, bias)
+        if self.fuses_norm and len(self.modules) > 1:  # layers that share an input: a norm may come in front
+            qweight, scales, zeros, *tables = self.prepared(layer)
+            packed = (qweight, scales, zeros, bias, layer.packed_out_features, *tables, self.activation_bits)
+            for residual in (x, None):
+                ops.norm_linear(x, residual, x.new_zeros(x.shape[1]), 0.0, *packed)
 
     def prepared(self, layer: torch.nn.Module) -> PreparedWeights:
         """The weights of a layer whose backend is not `dense`."""

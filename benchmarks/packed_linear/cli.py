@@ -157,7 +157,10 @@ def measure_layer(
         shapes, rows, group = "smoke", "1,5", 64
     torch.manual_seed(0)
     counts, cache = [int(count) for count in rows.split(",")], measure_ceilings(device).cache
-    build_kernels([WarmUp(*shape, group, counts, [None]) for shape in SHAPES[shapes].values()], console)
+    layers = SHAPES[shapes].items()
+    build_kernels(
+        [WarmUp(*shape, group, counts, [None], name in layer_step.BEHIND_NORM) for name, shape in layers], console
+    )
     results = layer_step.measure_step(SHAPES[shapes], counts, group, device, cache)
     record = {"command": command(), "environment": environment(), "group": group, "shapes": shapes, "rows": results}
     finish(console, record, as_json, [layer_step.step_table(results)])

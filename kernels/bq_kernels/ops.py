@@ -12,13 +12,18 @@ import os
 import torch
 
 from . import reference
+from .tiles import norm_linear as tiled_norm_linear
 from .tiles import tiled_embedding, tiled_linear
 
+_LAYER = (
+    "Tensor tiles, Tensor scales, Tensor? zeros, Tensor? bias, SymInt out_features, Tensor? cos_sin, Tensor? mix, "
+    "int activation_bits=16"
+)
 _LIBRARY = torch.library.Library("bq", "DEF")
 _LIBRARY.define("rotate(Tensor x, Tensor cos_sin, Tensor mix) -> Tensor")
+_LIBRARY.define(f"packed_linear(Tensor x, {_LAYER}) -> Tensor")
 _LIBRARY.define(
-    "packed_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? zeros, Tensor? bias, SymInt out_features, "
-    "Tensor? cos_sin, Tensor? mix, int activation_bits=16) -> Tensor"
+    f"norm_linear(Tensor x, Tensor? residual, Tensor norm_weight, float epsilon, {_LAYER}) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "packed_embedding(Tensor ids, Tensor tiles, Tensor scales, Tensor? zeros, SymInt in_features, ScalarType dtype, "
@@ -46,6 +51,16 @@ def _packed_linear_triton(
     return packed_linear(x, *layer, activation_bits=activation_bits)
 
 
+def _norm_linear_triton(
+    x, residual, norm_weight, epsilon, tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits=16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .triton_linear import norm_linear
+
+    layer = (tiles, scales, zeros, bias, out_features, cos_sin, mix)
+    y, total = norm_linear(x, residual, norm_weight, epsilon, *layer, activation_bits=activation_bits)
+    return y, x.new_empty(0) if total is None else total
+
+
 def _packed_embedding_triton(ids, *arguments) -> torch.Tensor:
     from .triton_embedding import packed_embedding
 
@@ -69,6 +84,14 @@ def _packed_linear_cpu(x, *tensors) -> torch.Tensor:
     return tiled_linear(x, *tensors)
 
 
+def _norm_linear_cpu(x, *tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    if interpreted():
+        exact = x.float() if x.dtype == torch.bfloat16 else x  # see _interpret
+        return tuple(t.to(x.dtype) for t in _norm_linear_triton(exact, *tensors))
+    y, total = tiled_norm_linear(x, *tensors)
+    return y, x.new_empty(0) if total is None else total
+
+
 def _packed_embedding_cpu(ids, tiles, scales, zeros, in_features, dtype, cos_sin, mix) -> torch.Tensor:
     if interpreted():
         wide = torch.float32 if dtype == torch.bfloat16 else dtype  # as in `_interpret`
@@ -80,6 +103,8 @@ _LIBRARY.impl("rotate", _rotate_cpu, "CPU")
 _LIBRARY.impl("rotate", _rotate_triton, "CUDA")
 _LIBRARY.impl("packed_linear", _packed_linear_cpu, "CPU")
 _LIBRARY.impl("packed_linear", _packed_linear_triton, "CUDA")
+_LIBRARY.impl("norm_linear", _norm_linear_cpu, "CPU")
+_LIBRARY.impl("norm_linear", _norm_linear_triton, "CUDA")
 _LIBRARY.impl("packed_embedding", _packed_embedding_cpu, "CPU")
 _LIBRARY.impl("packed_embedding", _packed_embedding_triton, "CUDA")
 
@@ -92,6 +117,12 @@ def _(x, cos_sin, mix):
 @torch.library.register_fake("bq::packed_linear")
 def _(x, tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits=16):
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("bq::norm_linear")
+def _(x, residual, norm_weight, epsilon, tiles, scales, zeros, bias, out_features, *rotation):
+    total = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(*x.shape[:-1], out_features), total
 
 
 @torch.library.register_fake("bq::packed_embedding")
@@ -117,6 +148,26 @@ def packed_linear(
 ) -> torch.Tensor:
     """W′ (Q x) + bias from weights repacked by `tiles.tile`; arguments as `tiles.tiled_linear`. Inference only."""
     return torch.ops.bq.packed_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits)
+
+
+def norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    epsilon: float,
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+    activation_bits: int = 16,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The packed linear behind an RMSNorm; arguments and results as `tiles.norm_linear`. Inference only."""
+    layer = (tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits)
+    y, total = torch.ops.bq.norm_linear(x, residual, norm_weight, epsilon, *layer)
+    return y, None if residual is None else total
 
 
 def packed_embedding(

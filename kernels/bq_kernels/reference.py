@@ -134,6 +134,27 @@ def unrotate(x: torch.Tensor, angles: torch.Tensor, block_size: int) -> torch.Te
     return undo_rotation(x, *givens_tables(angles, block_size))
 
 
+def rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """RMSNorm (arXiv 1910.07467) of x + residual, with the roundings of vLLM's own; float32 in between.
+
+        t = x + residual,  h = γ · t / √(mean t² + ε)
+
+    Args:
+        x: [..., n], any float dtype.
+        residual: the same shape, or None.
+        weight: γ [n]; t / rms is rounded to its dtype before the product. Gemma's is 1 + the stored one, in float32.
+        epsilon: ε.
+
+    Returns:
+        h and t, each in the dtype of `x`; t is None without a residual. The mean is that of t before it is rounded.
+    """
+    total = x.float() if residual is None else x.float() + residual.float()
+    h = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (h.to(weight.dtype) * weight).to(x.dtype), None if residual is None else total.to(x.dtype)
+
+
 def layout_of(qweight: torch.Tensor, scales: torch.Tensor, in_features: int) -> tuple[int, int]:
     """Bits and group size that the shapes of a packed layer imply.
 

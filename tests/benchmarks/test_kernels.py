@@ -74,6 +74,8 @@ def test_kernels_are_built_ahead(gpu):
     names = {wanted.kernel.__name__ for wanted in found}
     assert names == {"_decode_kernel", "_gemm_kernel", "_dequantize_kernel", "_rotate_kernel"}
     assert len(kernels_of(WarmUp(192, 256, 64, [1], [None]), "cpu")) == 3  # in blocks, full width, and no rotation
+    names = {wanted.kernel.__name__ for wanted in kernels_of(WarmUp(192, 256, 64, [5], [None], True), "cpu")}
+    assert names == {"_gemm_kernel", "_rotate_kernel", "_norm_kernel"}
 
 
 def test_plot_without_measuring(run, tmp_path):

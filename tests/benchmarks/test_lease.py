@@ -221,7 +221,7 @@ def test_rehearsal(run, tmp_path):
     errors = json.loads((out / "errors.json").read_text())["rows"]
     assert all(0 < row["rms"] <= row["largest"] for row in errors)
     steps_of = {row["method"] for row in json.loads((out / "layer.json").read_text())["rows"]}
-    assert {"cuBLAS fp16", "ours, block = group"} <= steps_of
+    assert {"cuBLAS fp16", "ours, block = group", "ours, norm before", "ours, norm inside"} <= steps_of
     assert [rung["tokens"] for rung in json.loads((out / "training.json").read_text())["rungs"]] == [1000, 2000]
     calibration = json.loads((out / "calibration.json").read_text())
     assert calibration["run"]["wall_seconds"] > 0 and (out / "calibration" / "bq2" / "config.json").exists()

@@ -126,6 +126,9 @@ def build(kernel, arguments, config, target):
         if value is None or (isinstance(value, int) and value == 1):
             constants[name] = value
             continue
+        if isinstance(value, float):
+            signature[name] = "fp32"
+            continue
         signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         if (value.data_ptr() if isinstance(value, torch.Tensor) else value) % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -198,6 +199,19 @@ def test_dummy_weights(answers):
 
 def test_model_without_quantization_config(answers):
     assert "Cannot find the config file for butterfly" in answers["no config"]["error"]
+
+
+def test_fused_norms(tmp_path, base, wanted):
+    """vLLM compiles the model with the pass that fuses norms; each layer has two, and four packed linears."""
+    pytest.importorskip("triton")
+    options = {"enforce_eager": False, "max_num_batched_tokens": 16, "max_model_len": 16, "max_num_seqs": 2}
+    job = {"model": str(base), "options": options, "compiles": True}
+    job |= {"prompts": PROMPTS[:2], "max_tokens": 1, "logprobs": None}
+    variables = {"BQ_VLLM_BACKEND": "triton", "TRITON_INTERPRET": "1", "BQ_VLLM_FUSE_NORM": "1"}
+    [answer], log = run_engines(tmp_path, [job], VLLM_ENABLE_V1_MULTIPROCESSING="0", **variables)
+    counts = [tuple(map(int, found)) for found in re.findall(r"fused into (\d+) of the (\d+) packed", log)]
+    assert tuple(map(sum, zip(*counts, strict=True))) == (2 * tiny.LAYERS, 4 * tiny.LAYERS)
+    assert [one["tokens"] for one in answer["base"]] == [one["tokens"][:1] for one in wanted[:2]]
 
 
 @pytest.fixture(scope="module")
