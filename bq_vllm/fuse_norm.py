@@ -97,6 +97,9 @@ def install() -> None:
     if config.compilation_config.mode != CompilationMode.VLLM_COMPILE:
         logger.warning_once("%s=1 has no effect: vLLM does not compile the model", FUSE_NORM_VARIABLE)
         return
+    if not all(hasattr(torch.ops.vllm_ir, norm) for norm in ("rms_norm", "fused_add_rms_norm")):
+        logger.warning_once("%s=1 has no effect: this vLLM's graphs have no norms to fuse", FUSE_NORM_VARIABLE)
+        return
     passes, key = config.compilation_config.inductor_compile_config, current_platform.pass_key
     ours = CallableInductorPass(fuse_norms)
     if passes.setdefault(key, ours).uuid() != ours.uuid():

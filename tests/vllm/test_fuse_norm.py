@@ -116,8 +116,8 @@ def compilation(monkeypatch):
     return config
 
 
-def test_install(compilation):
-    """Once, however many layers ask for it; and not where nothing compiles."""
+def test_install(compilation, monkeypatch):
+    """Once, however many layers ask for it; not where nothing compiles, nor where a vLLM has other norms."""
     from vllm.config import CompilationMode
 
     from bq_vllm import fuse_norm
@@ -130,6 +130,9 @@ def test_install(compilation):
     for mode in (CompilationMode.NONE, CompilationMode.DYNAMO_TRACE_ONCE):
         compilation.mode = mode
         fuse_norm.install()
+    compilation.mode = CompilationMode.VLLM_COMPILE
+    monkeypatch.setattr(torch.ops, "vllm_ir", SimpleNamespace(rms_norm=None))
+    fuse_norm.install()
     assert not compilation.inductor_compile_config
 
 
