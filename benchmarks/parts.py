@@ -4,19 +4,22 @@
     python benchmarks/parts.py unpack PARTS -o FOLDER
 
 The parts are consecutive pieces of one .tar.xz; `parts.json` names them with their SHA-256, which `unpack` compares.
-Standard library only.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
 import tarfile
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 ARCHIVE, TABLE = "parts.tar.xz", "parts.json"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
 def pack(sources: list[Path], out: Path, mib: float) -> list[Path]:
@@ -64,24 +67,25 @@ def unpack(parts: Path, out: Path) -> None:
     archive.unlink()
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    packing = commands.add_parser("pack", help="write parts")
-    packing.add_argument("sources", nargs="+", type=Path)
-    packing.add_argument("-o", "--out", type=Path, required=True)
-    packing.add_argument("--mib", type=float, default=30, help="size of a part")
-    unpacking = commands.add_parser("unpack", help="join parts and unpack them")
-    unpacking.add_argument("parts", type=Path)
-    unpacking.add_argument("-o", "--out", type=Path, required=True)
-    given = parser.parse_args()
-    if given.command == "unpack":
-        unpack(given.parts, given.out)
-        return
-    for part in pack(given.sources, given.out, given.mib):
+@app.command("pack")
+def pack_command(
+    sources: Annotated[list[Path], typer.Argument(help="Files and folders.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the parts.")],
+    mib: Annotated[float, typer.Option(help="Size of a part.")] = 30,
+) -> None:
+    """Write parts."""
+    for part in pack(sources, out, mib):
         print(f"{part}: {part.stat().st_size / 2**20:.1f} MiB")
 
 
+@app.command("unpack")
+def unpack_command(
+    parts: Annotated[Path, typer.Argument(help="Folder of the parts.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to unpack into.")],
+) -> None:
+    """Join parts and unpack them."""
+    unpack(parts, out)
+
+
 if __name__ == "__main__":
-    main()
+    app()

@@ -65,11 +65,14 @@ def main(
         Path | None, typer.Option(help="Checkpoint for the comparison with transformers; random weights by default.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Text for it; sampled from the random model by default.")] = None,
+    model: Annotated[Path | None, typer.Option(help="16-bit model that the step `training` trains.")] = None,
+    mix: Annotated[str, typer.Option(help="Its text, as for bq-calibrate --mix.")] = "self",
+    tests: Annotated[str, typer.Option(help="Test texts for it, as for bq-eval, by commas.")] = "wikitext2,c4",
     rehearse: Annotated[bool, typer.Option(help="Tiny shapes; times mean nothing.")] = False,
 ) -> None:
     """Run the steps, print what became of them."""
     deadline, out = time.monotonic() + 60 * minutes, out.resolve()
-    chosen = _chosen(Plan(out, rehearse, checkpoint, text), only)
+    chosen = _chosen(Plan(out, rehearse, checkpoint, text, model, mix, tests), only)
     out.mkdir(parents=True, exist_ok=True)
     variables = environment(out)
     found = machine(variables)

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH_TABLE = ROOT / "kernels" / "bq_kernels" / "launch.json"
 GPU = "a GPU"
-VLLM_ROWS = "fp16,butterfly-128,vllm-w4,no-rotation,hadamard-128,butterfly-full"
+VLLM_ROWS = "fp16,butterfly-128,vllm-w4,no-rotation,butterfly-128-norm,hadamard-128,butterfly-full"
 MINUTES = "{minutes}"  # in a command: what the step has of time, less what it needs to write its results
 
 
@@ -57,8 +57,8 @@ class Plan:
     checkpoint: Path | None = None
     text: Path | None = None
     model: Path | None = None
-    mix: str = ""
-    tests: str = ""
+    mix: str = "self"
+    tests: str = "wikitext2,c4"
 
     def script(self, name: str, *arguments: object) -> tuple[str, ...]:
         """A call of a script in benchmarks/."""
@@ -75,7 +75,7 @@ class Plan:
 def _kernel_steps(plan: Plan) -> list[Step]:
     gpu = () if plan.rehearse else (GPU,)
     tests = ROOT / "tests" / "kernels"
-    files = [tests / f"test_{name}.py" for name in ("triton", "dense", "int8")]
+    files = [tests / f"test_{name}.py" for name in ("triton", "dense", "int8", "norm")]
     chosen = [tests / "test_ops.py"] if plan.rehearse else ["-k", "not interpreter", *files]
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, chosen))
     return [
@@ -116,6 +116,15 @@ def _kernel_steps(plan: Plan) -> list[Step]:
             needs=gpu,
             result=plan.out / "layer.json",
         ),
+        Step(
+            name="vocabulary",
+            purpose="LM heads and look-ups of embeddings in 4 bits",
+            command=plan.kernels("vocabulary"),
+            seconds=60,
+            least=20,
+            needs=gpu,
+            result=plan.out / "vocabulary.json",
+        ),
     ]
 
 
@@ -136,21 +145,26 @@ def _serving(plan: Plan) -> Step:
 
 
 def _training(plan: Plan) -> Step:
-    """The ladder of tokens on a real model; on the random one of the step `calibration` where none is given."""
+    """The ladder of tokens on a real model; in a rehearsal on the random one of the step `calibration`."""
     work, result = plan.out / "calibration", plan.out / "training.json"
     model, text = plan.model or work / "fp16", work / "text.txt"
-    settings: list[object] = (
-        ["--set", f"mix={plan.mix}"] if plan.mix else ["--set", f"dataset={text}", "--set", "mix=null"]
-    )
-    rungs = "2k,4k" if plan.rehearse else "4M,12M,30M"
+    changes: dict[str, object] = {"dataset": plan.mix, "mix": plan.mix}
+    windows: tuple[object, ...] = ()
     if plan.rehearse:
-        tiny = {"samples": 4, "seqlen": 32, "held_out": 2, "tokens_per_step": 128}
-        settings += [part for name, value in tiny.items() for part in ("--set", f"{name}={value}")]
-        settings += ["--context", 32, "--windows", 2]
-    common = ("--recipe", "max", "--rungs", rungs, "--perplexity", plan.tests or text, "--minutes", MINUTES)
-    command = plan.script("ladder.py", model, *common, *settings, "--out", plan.out / "ladder", "--json", result)
-    needs = (model, text) if plan.rehearse else (GPU, plan.model or "--model", "torchao")
-    return Step("training", "perplexity by tokens of end-to-end training", command, 540, 120, needs, result)
+        changes = {"dataset": text, "mix": text, "samples": 4, "seqlen": 32, "held_out": 2, "tokens_per_step": 128}
+        windows = ("--context", 32, "--windows", 2)
+    settings = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
+    rungs, tests = ("1k,2k", text) if plan.rehearse else ("4M,12M,30M", plan.tests)
+    common = ("--recipe", "max", "--rungs", rungs, "--perplexity", tests, *windows, "--minutes", MINUTES)
+    return Step(
+        name="training",
+        purpose="perplexity by tokens of end-to-end training",
+        command=plan.script("ladder.py", model, *common, *settings, "--out", plan.out / "ladder", "--json", result),
+        seconds=540,
+        least=120,
+        needs=(model, text) if plan.rehearse else (GPU, plan.model or "--model, --mix and --tests"),
+        result=result,
+    )
 
 
 def _model_steps(plan: Plan) -> list[Step]:
@@ -172,6 +186,7 @@ def _model_steps(plan: Plan) -> list[Step]:
             needs=gpu,
             result=out / "calibration.json",
         ),
+        _training(plan),
         Step("sanitizer", "every kernel under compute-sanitizer", (*sanitizer, *tiny), 90, 30, (GPU, sanitizer[0])),
         Step(
             name="parity",

@@ -43,7 +43,7 @@ def _code_rates(*values: float) -> dict[str, Arm]:
 
 # by question; the common settings are `cli.COMMON`
 ARMS: dict[str, dict[str, Arm]] = {
-    "base": {"codes move": Arm(seeds=(1, 2)), "codes frozen": Arm(FROZEN, seeds=(1, 2))},
+    "base": {"codes move": Arm(seeds=(1, 2)), "codes frozen": Arm(FROZEN)},
     "rate of codes": _code_rates(5e-4, 1e-3, 5e-3, 1e-2),
     "other rates": {
         **_rates("scales", 1e-3, 2e-2),

@@ -60,7 +60,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class SmallModel:
     """The small model, and the text of its training."""
 
     source: SourceModel
@@ -97,7 +97,7 @@ class Problem:
         recipe = self.recipe(arm, tokens, seed)
         config, folder = self.start(recipe, progress)
         packed = TensorStore(folder)
-        plan = training_plan(self.source, recipe, len(self.text.tokens), 10**11)
+        plan = training_plan(self.source, recipe, 10**11)
         curve, started = Curve(), time.monotonic()
         steps = -(-tokens // (plan.samples_per_step * recipe.seqlen))
         with in_place(arm, steps, self.vocabulary) as made:
@@ -122,7 +122,7 @@ class Problem:
         return {"before": before, "after": after, "training_loss": course, "seconds": round(seconds, 1)}
 
 
-def make_problem(
+def make_small_model(
     model: Path,
     dataset: str,
     layers: int,
@@ -131,7 +131,7 @@ def make_problem(
     common: dict[str, Any],
     out: Path,
     progress: Progress,
-) -> Problem:
+) -> SmallModel:
     """The small model and its text, computed unless they are there."""
     windows = -(-tokens // common["seqlen"])
     folder = truncate(model, layers, out)
@@ -144,7 +144,7 @@ def make_problem(
     states = work.tensors("states", lambda: {"states": teacher_states(source, rows, progress)})["states"]
     teacher = StoredTeacher(states, source.device)
     frequent = Vocabulary(rows, vocabulary, source.vocabulary)
-    return Problem(source, folder, TrainingText(rows, HELD_OUT, shuffled=True), teacher, frequent, common, out)
+    return SmallModel(source, folder, TrainingText(rows, HELD_OUT, shuffled=True), teacher, frequent, common, out)
 
 
 @app.command(help=__doc__)
@@ -169,7 +169,7 @@ def main(
     claim_folder(out, settings | {"common": common})
     results: dict[str, dict[str, Any]] = {}
     with Progress(console=Console(stderr=True)) as progress:
-        problem = make_problem(model, dataset, layers, count, vocabulary, common, out, progress)
+        small = make_small_model(model, dataset, layers, count, vocabulary, common, out, progress)
         for question in chosen:
             results[question] = {}
             for name, arm in ARMS[question].items():
@@ -178,7 +178,7 @@ def main(
                     file = out / "measured" / f"{question}-{name}-{seed}.json".replace(" ", "-").replace("/", "_")
                     if not file.exists():
                         file.parent.mkdir(exist_ok=True)
-                        file.write_text(json.dumps(problem.measure(arm, count, seed, progress)))
+                        file.write_text(json.dumps(small.measure(arm, count, seed, progress)))
                     rows.append(json.loads(file.read_text()))
                 results[question][name] = rows
                 console.print(f"{question}, {name}: {[round(row['after'], 4) for row in rows]}")
@@ -186,7 +186,7 @@ def main(
         "command": command(),
         "device": cpu(),
         "versions": versions("torch", "transformers"),
-        "share_of_vocabulary": problem.vocabulary.share,
+        "share_of_vocabulary": small.vocabulary.share,
         "settings": settings | {"model": model.name, "dataset": dataset_name(dataset), "common": common},
         "results": results,
     }

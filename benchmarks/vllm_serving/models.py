@@ -16,6 +16,7 @@ SHAPES = {
     "llama2-13b": (5120, 13824, 40, 40, 40, 32000, 4096),
     "llama2-70b": (8192, 28672, 80, 64, 8, 32000, 4096),
     "llama3-8b": (4096, 14336, 32, 32, 8, 128256, 8192),
+    "qwen2-1.5b": (1536, 8960, 28, 12, 2, 151936, 32768),
     "smoke": (128, 256, 1, 2, 1, 10240, 512),
 }
 SHAPE_NAMES = (
@@ -64,11 +65,14 @@ ROWS: dict[str, Callable[[Config], Config | None]] = {
     "hadamard-128": _butterfly("hadamard"),
     "vllm-w4": _compressed_tensors(4),
     "no-rotation": _butterfly("none"),
+    "butterfly-128-norm": _butterfly("butterfly"),
     "butterfly-full": _butterfly("butterfly", wide=True),
     "hadamard-full": _butterfly("hadamard", wide=True),
     "vllm-hadamard-w2": _compressed_tensors(2, hadamard=True),
 }
-OTHERS = ("fp16", "vllm-w4", "vllm-hadamard-w2")  # may fail where vLLM or the machine lacks something; ours may not
+VARIABLES = {"butterfly-128-norm": {"BQ_VLLM_FUSE_NORM": "1"}}  # of the environment, by row
+# may fail where vLLM or the machine lacks something; the other rows of ours may not
+OTHERS = ("fp16", "vllm-w4", "butterfly-128-norm", "vllm-hadamard-w2")
 CHECKPOINT = "checkpoint"  # the row of a model with weights
 
 

@@ -14,6 +14,7 @@ from bq_kernels.format import QuantConfig
 from bq_kernels.reference import angles_of, dense_weight
 from torch import nn
 
+from . import parallel
 from .architecture import InputGroup
 from .errors import UserError
 from .sampling import spread_rows
@@ -21,6 +22,7 @@ from .sampling import spread_rows
 TOKENS_PER_BATCH = 4096
 SAMPLE_TOKENS = 1024  # inputs kept for statistics and for the uniformity term
 _SAMPLE_PER_BATCH = 64
+_PANEL = 512  # rows of a symmetric product that are computed at once
 
 
 class _InputReached(Exception):
@@ -45,7 +47,9 @@ class InputStatistics:
     def add(self, x: torch.Tensor, x16: torch.Tensor | None = None) -> None:
         """Count inputs x [..., K] in, and perhaps the 16-bit model's inputs x16 at the same tokens."""
         x = x.detach().flatten(0, -2).float()
-        self._outer.addmm_(x.T, x)
+        for start in range(0, x.shape[1], _PANEL):  # the lower triangle; the rest mirrors it
+            stop = min(start + _PANEL, x.shape[1])
+            self._outer[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
         if x16 is not None:
             error = x16.detach().flatten(0, -2).float() - x
             self._drift = torch.zeros_like(self._outer) if self._drift is None else self._drift
@@ -54,10 +58,18 @@ class InputStatistics:
         self._rows.append(spread_rows(x, _SAMPLE_PER_BATCH).clone())
         self.tokens += len(x)
 
+    def add_up(self) -> None:
+        """Take the sums over all processes; the sample stays this one's."""
+        tokens = torch.tensor(self.tokens, device=self._outer.device)
+        sums = tokens, self._outer, self._magnitude, self._drift
+        parallel.add_up(value for value in sums if value is not None)
+        self.tokens = tokens.item()
+
     @property
     def hessian(self) -> torch.Tensor:
         """Mean of x xᵀ over tokens, float32 [K, K]: the Hessian of the layer's squared output error, up to a factor."""
-        return self._outer / self.tokens
+        lower = self._outer.tril().div_(self.tokens)
+        return lower.add_(lower.tril(-1).T)
 
     @property
     def drift(self) -> torch.Tensor | None:
@@ -160,7 +172,7 @@ class Block:
         return output[0] if isinstance(output, tuple) else output  # some architectures return a tuple
 
     def _batches(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return hidden.split(max(1, TOKENS_PER_BATCH // hidden.shape[1]))
+        return hidden.split(max(1, TOKENS_PER_BATCH // hidden.shape[1])) if len(hidden) else ()
 
     @torch.no_grad()
     def run(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -214,10 +226,10 @@ class Block:
 
     @torch.no_grad()
     def capture(self, hidden: torch.Tensor, group: InputGroup, original: Original | None = None) -> InputStatistics:
-        """Statistics of one group's inputs.
+        """Statistics of one group's inputs, in all processes.
 
         Args:
-            hidden: hidden states in front of the block, [samples, seqlen, hidden].
+            hidden: hidden states in front of the block, this process's [samples, seqlen, hidden].
             group: whose inputs to observe.
             original: the same in the 16-bit model, for `InputStatistics.drift`.
 
@@ -232,6 +244,7 @@ class Block:
             wanted = original.block.inputs(original.hidden, group)
             for x, x16 in zip(self.inputs(hidden, group), wanted, strict=True):
                 statistics.add(x, x16)
+        statistics.add_up()
         if not bool(torch.isfinite(statistics.mean_abs).all()):
             raise UserError(f"block {self.index}, {group.name}: the inputs hold NaN or infinity; is the model sound?")
         return statistics

@@ -14,7 +14,8 @@ DAMPING = 0.01  # share of the mean diagonal added to a Hessian before it is fac
 CORRECTION_DAMPING = 0.1  # the same where weights are corrected: their error has more noise
 _CLIP_GRID = [0.30 + 0.05 * n for n in range(15)]
 _ZERO_SHIFTS = (-0.5, -0.25, 0.0, 0.25, 0.5)
-_MOST_FLOATS = 2**28  # in memory at a time while scales are solved for
+_PANEL = 16  # columns of a group that are rounded before their moves reach the others
+_PASSES = 2  # over the codes and the scale of a group, before the next group's turn
 
 
 @dataclass
@@ -109,8 +110,9 @@ def search_scale(
 
 def damped(hessian: torch.Tensor, share: float = DAMPING) -> torch.Tensor:
     """H + λI with λ a share of the mean diagonal, so that it can be factored; never exactly singular."""
-    diagonal = hessian.diagonal().mean() * share + 1e-8
-    return hessian + diagonal * torch.eye(len(hessian), device=hessian.device)
+    result = hessian.clone()
+    result.diagonal().add_(hessian.diagonal().mean() * share + 1e-8)
+    return result
 
 
 def corrected(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor, share: float) -> torch.Tensor:
@@ -145,27 +147,26 @@ def round_gptq(w: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, ze
         w: float32 [N, K], in the rotated basis.
         hessian: float32 [K, K], x xᵀ summed over tokens, in the same basis.
     """
-    # upper factor U of H⁻¹ = UᵀU; row j holds how column j's error moves to the columns after it. H = RRᵀ with R upper
-    # triangular, the Cholesky factor of H read backwards, so U = R⁻¹: H itself is never inverted
+    # H = RRᵀ with R upper triangular, the Cholesky factor of H read backwards. Errors e = w − ŵ cost ‖eR‖², and column
+    # j of eR knows no column of w behind j. So the best values of a group, with those behind it free, make its columns
+    # of eR zero: GPTQ as Babai's nearest plane (arXiv 2507.18553), without an inverse of H
     root = torch.linalg.cholesky(damped(hessian).flip(0, 1)).flip(0, 1)
-    factor = torch.linalg.solve_triangular(root, torch.eye(len(root), device=w.device), upper=True)
-    pivot = factor.diagonal()
-    columns = w.T.clone()
-    codes, top = torch.empty_like(columns, dtype=torch.uint8), largest_code(bits)
+    diagonal = torch.stack([root[i : i + group, i : i + group] for i in range(0, len(root), group)])
+    inverse = torch.linalg.solve_triangular(diagonal, torch.eye(group, device=w.device), upper=True)
+    pivots = diagonal.diagonal(dim1=1, dim2=2)
+    couplings = (inverse * pivots[:, :, None]).mT.tril(-1)  # how a column's error moves the others of its group
+    errors = torch.empty_like(w.T, memory_format=torch.contiguous_format)
+    codes, top = torch.empty_like(errors, dtype=torch.uint8), largest_code(bits)
     all_scales, all_zeros = [], []
-    for start in range(0, len(columns), group):
-        stop = start + group
-        part, errors = columns[start:stop], torch.empty_like(columns[start:stop])
-        importance = pivot[start:stop].square().reciprocal()[None]
-        scales, zeros = search_scale(part.T[:, None], bits, zero_point, importance)
+    for n, start in enumerate(range(0, len(errors), group)):
+        part = slice(start, start + group)
+        target = w.T[part] + inverse[n].T @ (root[:start, part].T @ errors[:start])
+        scales, zeros = search_scale(target.T[:, None], bits, zero_point, pivots[n].square()[None])
         scale = scales[:, 0].float()
         zero = midrise_zero(bits) if zeros is None else zeros[:, 0].float()
-        for j in range(group):
-            code = (part[j] / scale + zero).round_().clamp_(0, top)
-            codes[start + j] = code
-            errors[j] = (part[j] - scale * (code - zero)) / pivot[start + j]
-            part[j + 1 :] -= factor[start + j, start + j + 1 : stop, None] * errors[j]
-        columns[stop:] -= factor[start:stop, stop:].T @ errors
+        target.div_(scale).add_(zero)
+        found = _round_in_turn(target, target, couplings[n], top)
+        codes[part], errors[part] = found, w.T[part] - scale * (found - zero)
         all_scales.append(scales)
         if zeros is not None:
             all_zeros.append(zeros)
@@ -174,12 +175,38 @@ def round_gptq(w: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, ze
     )
 
 
-def refine(q: Quantized, w: torch.Tensor, hessian: torch.Tensor, sweeps: int) -> Quantized:
-    """Lower the output error of a rounded weight: coordinate descent over the codes, then least squares for the scales.
+def _round_in_turn(target: torch.Tensor, before: torch.Tensor, coupling: torch.Tensor, top: int) -> torch.Tensor:
+    """Round columns one after the other; each moves the targets of others before they are rounded.
 
-    Every code moves to its best value with all others held (as QuantEase, arXiv 2309.01885, does), column by column;
-    then the scales of a row, together with its float zeros, solve their normal equations with the codes held. Each
-    step can only lower tr(E H Eᵀ), but for the rounding of scales to float16.
+    Args:
+        target: float32 [columns, N] in units of a step; changed in place.
+        before: from where a column moves to its code, of the same shape; `target` itself for GPTQ.
+        coupling: float32 [columns, columns]; a move of column j adds coupling[i, j] times it to target i.
+        top: the largest code.
+
+    Returns:
+        codes, float32 [columns, N].
+    """
+    codes, moves = torch.empty_like(target), torch.empty_like(target)
+    for start in range(0, len(target), _PANEL):
+        panel = slice(start, start + _PANEL)
+        near, far = coupling[panel, panel].T.contiguous(), coupling[:, panel].clone()
+        far[panel] = 0
+        rows = zip(near, target[panel], before[panel], codes[panel], moves[panel], strict=True)
+        for weights, wanted, old, code, move in rows:
+            torch.round(wanted, out=code).clamp_(0, top)
+            torch.sub(code, old, out=move)
+            target[panel].addr_(weights, move)
+        target.addmm_(far, moves[panel])  # later panels, and in the next pass earlier ones
+    return codes
+
+
+def refine(q: Quantized, w: torch.Tensor, hessian: torch.Tensor, sweeps: int) -> Quantized:
+    """Lower the output error of a rounded weight: coordinate descent over the codes and scales, group by group.
+
+    Every code of a group moves to its best value with all others held (as QuantEase, arXiv 2309.01885, does), column by
+    column; then the scale of the group, together with a float zero, is the least-squares one with all else held; and
+    both once more. Each step can only lower tr(E H Eᵀ).
 
     Args:
         q: the rounded weight to start from.
@@ -187,82 +214,79 @@ def refine(q: Quantized, w: torch.Tensor, hessian: torch.Tensor, sweeps: int) ->
         hessian: float32 [K, K] in the same basis.
         sweeps: how often; 0 returns `q`.
     """
-    hessian = damped(hessian)
+    if not sweeps:
+        return q
+    hessian, group = damped(hessian), w.shape[1] // q.scales.shape[1]
+    codes, errors = q.codes.T.contiguous(), (w - q.weight()).T.contiguous()
+    scales = q.scales.T.float().contiguous()
+    zeros = torch.full_like(scales, midrise_zero(q.bits)) if q.zeros is None else q.zeros.T.float().contiguous()
     for _ in range(sweeps):
-        q = _descend_codes(q, w, hessian)
-        q = _solve_scales(q, w, hessian)
-    return q
+        for n in range(len(scales)):
+            part = slice(n * group, (n + 1) * group)
+            pull = hessian[part] @ errors  # −½ gradient by every weight of the group
+            near, moved = hessian[part, part], codes[part].float()
+            for _ in range(_PASSES):
+                moved, pull = _descend(moved, scales[n], pull, near, largest_code(q.bits))
+                scales[n], zeros[n], pull = _fit(moved, scales[n], zeros[n], pull, near, q)
+            codes[part], errors[part] = moved, w.T[part] - scales[n] * (moved - zeros[n])
+    zeros = None if q.zeros is None else zeros.T.half().contiguous()
+    return Quantized(codes.T.contiguous(), scales.T.half().contiguous(), zeros, q.bits)
 
 
-def _descend_codes(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quantized:
-    group = w.shape[1] // q.scales.shape[1]
-    codes, rounded, top = q.codes.T.contiguous(), q.weight().T.contiguous(), largest_code(q.bits)
-    pull = hessian @ (w.T - rounded)  # −½ gradient by every weight
-    for start in range(0, w.shape[1], group):
-        part = slice(start, start + group)
-        scale = q.scales[:, start // group].float()
-        zero = midrise_zero(q.bits) if q.zeros is None else q.zeros[:, start // group].float()
-        local, near, before = pull[part].clone(), hessian[part, part], rounded[part].clone()
-        for j in range(group):
-            target = rounded[start + j] + local[j] / near[j, j]
-            code = (target / scale + zero).round_().clamp_(0, top)
-            value = scale * (code - zero)
-            local -= near[:, j, None] * (value - rounded[start + j])
-            codes[start + j], rounded[start + j] = code, value
-        pull -= hessian[:, part] @ (rounded[part] - before)
-    return Quantized(codes.T.contiguous(), q.scales, q.zeros, q.bits)
+def _descend(
+    codes: torch.Tensor, scale: torch.Tensor, pull: torch.Tensor, near: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of a group [group, N] moved to their best values, and −½ of the gradient there."""
+    curvature = near.diagonal()[:, None]
+    unit = curvature * scale
+    coupling = -near / curvature
+    coupling.diagonal().zero_()
+    best = codes + pull / unit  # every code's best value, which its own moves leave as it is
+    codes = _round_in_turn(best, codes, coupling, top)
+    return codes, (best - codes) * unit
 
 
-def _solve_scales(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quantized:
-    rows = max(1, _MOST_FLOATS // (q.scales.shape[1] * w.shape[1]))
-    starts = range(0, len(w), rows)
-    parts = [_solve_rows(q.rows(start, start + rows), w[start : start + rows], hessian) for start in starts]
-    zeros = None if q.zeros is None else torch.cat([part.zeros for part in parts])
-    return Quantized(q.codes, torch.cat([part.scales for part in parts]), zeros, q.bits)
+def _fit(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, pull: torch.Tensor, near: torch.Tensor, q: Quantized
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale and zero [N] of a group that are best for its codes [group, N], other groups held; and −½ of the gradient.
+
+    A weight is scale · (code − middle) + offset: two coefficients, or one where levels are mid-rise.
+    """
+    middle = midrise_zero(q.bits)
+    centred, reach = codes - middle, near.sum(1)
+    spread = near @ centred
+    curvature, slope = (centred * spread).sum(0), (centred * pull).sum(0)
+    if q.zeros is None:
+        cross, total, rise = torch.zeros_like(slope), 1.0, torch.zeros_like(slope)
+    else:
+        cross, total, rise = reach @ centred, reach.sum(), pull.sum(0)
+    determinant = curvature * total - cross.square()
+    offset = scale * (middle - zero)
+    fitted = scale + (slope * total - rise * cross) / determinant
+    usable = (fitted > 0.25 * scale) & (fitted < 4 * scale)  # else the system was near singular
+    shifted = middle - (offset + (rise * curvature - slope * cross) / determinant) / fitted
+    usable &= shifted.abs() < 1e4
+    fitted = torch.where(usable, fitted, scale).clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
+    shifted = torch.where(usable, shifted, zero).half().float()
+    # the change of the error from the old scale and offset to those that float16 holds
+    ds, do = fitted - scale, fitted * (middle - shifted) - offset
+    better = ds * (curvature * ds - 2 * slope) + do * (2 * cross * ds + total * do - 2 * rise) < 0
+    ds, do = ds * better, do * better
+    pull = pull - ds * spread - do * reach[:, None]
+    return torch.where(better, fitted, scale), torch.where(better, shifted, zero), pull
 
 
-def _solve_rows(q: Quantized, w: torch.Tensor, hessian: torch.Tensor) -> Quantized:
-    (rows, columns), groups = w.shape, q.scales.shape[1]
-    group, middle = columns // groups, midrise_zero(q.bits)
-    codes = q.codes.float().view(rows, groups, group)
-    # a row is Σ over groups of coefficient · basis: centred codes by s, and with float zeros ones by −s·(z − middle)
-    bases = [codes - middle] if q.zeros is None else [codes - middle, torch.ones_like(codes)]
-    blocks = hessian.view(groups, group, columns)
-    projected = [torch.einsum("ngi,gik->ngk", basis, blocks) for basis in bases]  # basis · H, [N, groups, K]
-    normal = torch.cat(
-        [
-            torch.cat([torch.einsum("ngkj,nkj->ngk", p.unflatten(2, (groups, group)), b) for b in bases], 2)
-            for p in projected
-        ],
-        1,
-    )
-    target = torch.cat([torch.einsum("ngk,nk->ng", p, w) for p in projected], 1)
-    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-30
-    solution = torch.linalg.solve(normal + ridge * torch.eye(normal.shape[1], device=w.device), target)
-    scales = solution[:, :groups]
-    usable = (scales > 0.25 * q.scales.float()) & (scales < 4 * q.scales.float())  # else the system was near singular
-    new_scales = torch.where(usable, scales, q.scales.float()).clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
-    new_zeros = q.zeros
-    if q.zeros is not None:
-        zeros = middle - solution[:, groups:] / scales
-        usable &= zeros.abs() < 1e4
-        new_scales = torch.where(usable, new_scales, q.scales)
-        new_zeros = torch.where(usable, zeros, q.zeros.float()).half()
-    # of the error sᵀ·normal·s − 2·sᵀ·target + const, the change from old to new coefficients; no product with H again
-    new, old = (_coefficients(*pair, middle) for pair in ((new_scales, new_zeros), (q.scales, q.zeros)))
-    change = ((new - old) * (torch.einsum("nij,nj->ni", normal, new + old) - 2 * target)).sum(1, keepdim=True)
-    better = change < 0
-    zeros = None if q.zeros is None else torch.where(better, new_zeros, q.zeros)
-    return Quantized(q.codes, torch.where(better, new_scales, q.scales), zeros, q.bits)
+def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """tr(W H Wᵀ), the mean of ‖W x‖² over tokens, for float32 [N, K]; the same in every rotated basis.
 
-
-def _coefficients(scales: torch.Tensor, zeros: torch.Tensor | None, middle: float) -> torch.Tensor:
-    """What multiplies centred codes, and with float zeros the ones, in every group of a row: [N, groups or twice]."""
-    scales = scales.float()
-    return scales if zeros is None else torch.cat([scales, scales * (middle - zeros.float())], 1)
+    Value and gradient take one product with H together.
+    """
+    with torch.no_grad():
+        half = weight @ hessian  # half of the gradient, for H is symmetric
+    return (half * (2 * weight - weight.detach())).sum()
 
 
 def output_error(w: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
     """Relative output error ‖(W − Ŵ) x‖² / ‖W x‖² summed over the tokens behind the Hessian."""
-    delta = rounded - w
-    return float(((delta @ hessian) * delta).sum() / ((w @ hessian) * w).sum())
+    return float(output_energy(rounded - w, hessian) / output_energy(w, hessian))

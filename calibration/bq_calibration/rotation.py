@@ -11,7 +11,7 @@ import torch
 from bq_kernels.format import midrise_zero, num_angles
 from bq_kernels.reference import apply_rotation, givens_tables, hadamard_angles, undo_rotation
 
-from .quantize import damped
+from .quantize import damped, output_energy
 
 # learning stops when that many steps, by objective, have lowered the loss by less than 1 %
 PATIENCE, MIN_GAIN = {"output": 50, "gptq": 5}, 0.01
@@ -45,7 +45,7 @@ class RotationProblem:
     @cached_property
     def output_energy(self) -> torch.Tensor:
         """Mean of ‖W x‖² over tokens; losses are relative to it."""
-        return ((self.weight @ self.hessian) * self.weight).sum()
+        return output_energy(self.weight, self.hessian)
 
 
 def initial_angles(kind: str, features: int, block_size: int, generator: torch.Generator) -> torch.Tensor:
@@ -110,7 +110,7 @@ def output_loss(problem: RotationProblem, rotation: ButterflyRotation) -> torch.
     soft = level.clamp(-centre, centre)
     quantized = (step * (soft + (hard - soft).detach())).flatten(1)
     error = problem.weight - rotation.inverse(quantized)
-    return ((error @ problem.hessian) * error).sum() / problem.output_energy
+    return output_energy(error, problem.hessian) / problem.output_energy
 
 
 def gptq_loss(problem: RotationProblem, rotation: ButterflyRotation) -> torch.Tensor:

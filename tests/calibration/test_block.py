@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from bq_calibration import block as block_module
 from bq_calibration import compute
 from bq_calibration.block import TOKENS_PER_BATCH, InputStatistics, Original
 from bq_calibration.compute import compute_dtypes, native_dtype
@@ -34,6 +35,16 @@ def test_running_block_by_block_is_the_model(architecture, tmp_path):
     with torch.no_grad():
         expected = whole.model(input_ids=tokens).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hessian_is_summed_by_panels_of_its_lower_triangle(monkeypatch):
+    monkeypatch.setattr(block_module, "_PANEL", 16)  # not a divisor of 40
+    statistics, batches = InputStatistics(40, CPU), [torch.randn(3, 50, 40), torch.randn(2, 50, 40)]
+    for batch in batches:
+        statistics.add(batch)
+    x = torch.cat(batches).flatten(0, -2)
+    torch.testing.assert_close(statistics.hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(statistics.hessian, statistics.hessian.T)
 
 
 def test_captured_statistics_are_those_of_the_inputs(model):

@@ -65,8 +65,8 @@ def test_help_shows_every_setting_with_its_values():
         assert flag(field.name) in text
     for section in ("Format", "Rotation", "Rounding", "Training", "Data"):
         assert f"─ {section} ─" in text
-    assert "(fast 512, best 512, paper 2048)" in text and "(fast 64, best 64, paper full)" in text
-    assert list(RECIPES) == ["fast", "best", "paper"]
+    assert "(fast 512, best 512, max 2048, paper 2048)" in text
+    assert list(RECIPES) == ["fast", "best", "max", "paper"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from bq_calibration.quantize import damped
+from bq_calibration.quantize import damped, output_energy
 from bq_calibration.rotation import (
     OBJECTIVES,
     ButterflyRotation,
@@ -59,6 +59,17 @@ def test_output_loss_is_the_error_over_the_tokens():
     direct = (x @ problem.weight.T - rotate(x, angles, 32) @ quantized.T).square().sum()
     direct /= (x @ problem.weight.T).square().sum()
     assert output_loss(problem, ButterflyRotation(angles, 32)).item() == pytest.approx(direct.item(), rel=1e-3)
+
+
+def test_output_energy_and_its_gradient_are_those_of_the_quadratic_form():
+    problem, _ = make_problem()
+    weight = torch.randn(5, 96, requires_grad=True)
+    direct = ((weight @ problem.hessian) * weight).sum()
+    energy = output_energy(weight, problem.hessian)
+    assert energy.item() == pytest.approx(direct.item(), rel=1e-5)
+    (expected,) = torch.autograd.grad(direct, weight)
+    (gradient,) = torch.autograd.grad(energy, weight)
+    assert (gradient - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("group", [32, 96])

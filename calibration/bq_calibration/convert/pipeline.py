@@ -91,6 +91,7 @@ class Conversion:
             "conversion": {"method": self.source.method, "source_quantization": self.source.quantization},
             "totals": {
                 "bits_per_weight": verified.bits_per_weight(),
+                "file_bits_per_weight": verified.file_bits_per_weight(),
                 "stored_bits": verified.stored_bits,
                 "quantized_weights": sum(n * k for n, k in verified.layers.values()),
                 "checkpoint_bytes": verified.total_bytes,
