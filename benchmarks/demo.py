@@ -162,7 +162,8 @@ def run(
     report = json.loads((ours / "bq_report.json").read_text())
     print_comparison(console, models, results, report, dtype)
     seconds = {"calibration": report["run"]["wall_seconds"], "demo": time.monotonic() - started}
-    facts = {"dtype": dtype, "seconds": seconds, "bits_per_weight": report["totals"]["bits_per_weight"]}
+    facts = {"dtype": dtype, "seconds": seconds}
+    facts |= {name: report["totals"][name] for name in ("bits_per_weight", "file_bits_per_weight")}
     (folder / "demo.json").write_text(json.dumps(facts | {"results": results}, indent=1))
     console.print(
         f"calibration {seconds['calibration']:.0f} s, demo {seconds['demo']:.0f} s; "
@@ -180,7 +181,10 @@ def print_comparison(console, models: dict[str, Path], results: dict[str, dict],
         for label, result in results.items():
             console.print(f"  {label}: {result['texts'][index].strip()!r}", markup=False, highlight=False)
     table = Table("", *results, title="SmolLM2-135M-Instruct (the 16-bit weights come from a 4-bit file)")
-    table.add_row("bits per weight of linear layers", "16.00", f"{report['totals']['bits_per_weight']:.2f}")
+    totals = report["totals"]
+    table.add_row("bits per weight of linear layers", "16.00", f"{totals['bits_per_weight']:.2f}")
+    original = totals["source_bytes"] * 8 / totals["weights"]
+    table.add_row("bits per weight of the whole file", f"{original:.2f}", f"{totals['file_bits_per_weight']:.2f}")
     sizes = (sum(f.stat().st_size for f in model.glob("*.safetensors")) / 1e6 for model in models.values())
     table.add_row("checkpoint, embeddings included, MB", *(f"{size:.1f}" for size in sizes))
     windows = f"{WINDOWS} windows of {CONTEXT}"

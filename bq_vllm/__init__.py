@@ -13,7 +13,7 @@ def register() -> None:
         from bq_kernels.format import QUANT_METHOD
         from vllm.model_executor.layers.quantization import register_quantization_config
 
-        from .backend import ACTIVATION_BITS_VARIABLE, BACKEND_VARIABLE, chosen_activation_bits, chosen_backend
+        from . import backend
         from .config import ButterflyConfig
 
         register_quantization_config(QUANT_METHOD)(ButterflyConfig)
@@ -21,8 +21,9 @@ def register() -> None:
         # vLLM keys its cache of compiled graphs by the variables in this table: a setting must not run another's graph
         from vllm.envs import environment_variables
 
-        environment_variables[BACKEND_VARIABLE] = chosen_backend
-        environment_variables[ACTIVATION_BITS_VARIABLE] = chosen_activation_bits
+        environment_variables[backend.BACKEND_VARIABLE] = backend.chosen_backend
+        environment_variables[backend.ACTIVATION_BITS_VARIABLE] = backend.chosen_activation_bits
+        environment_variables[backend.FUSE_NORM_VARIABLE] = backend.chosen_fuse_norm
     except Exception:
         import logging  # vllm.logger may be what failed to import; vLLM's handlers take this name as well
 

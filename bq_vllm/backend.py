@@ -12,6 +12,7 @@ import os
 BACKENDS = ("triton", "dense", "reference")
 BACKEND_VARIABLE = "BQ_VLLM_BACKEND"
 ACTIVATION_BITS_VARIABLE = "BQ_VLLM_PREFILL_ACTIVATION_BITS"
+FUSE_NORM_VARIABLE = "BQ_VLLM_FUSE_NORM"
 
 
 def chosen_backend() -> str:
@@ -60,3 +61,22 @@ def select_activation_bits(backend: str, configured: int) -> int:
     if asked == "8" and backend == "dense":
         raise ValueError(f"{ACTIVATION_BITS_VARIABLE}=8 needs {BACKEND_VARIABLE}=triton or reference, not dense")
     return ACTIVATION_BITS[0] if backend == "dense" else int(asked or configured)
+
+
+def chosen_fuse_norm() -> str:
+    """1 where the environment asks for RMSNorms inside the packed linear; empty or 0 where it does not."""
+    return os.environ.get(FUSE_NORM_VARIABLE, "")
+
+
+def select_fuse_norm(backend: str) -> bool:
+    """Whether `BQ_VLLM_FUSE_NORM` asks for RMSNorm and packed linear as one operator.
+
+    Raises:
+        ValueError: if the variable holds another value than 0 or 1, or 1 with a backend that launches no kernels.
+    """
+    asked = chosen_fuse_norm()
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"{FUSE_NORM_VARIABLE}={asked}: expected 0 or 1")
+    if asked == "1" and backend != "triton":
+        raise ValueError(f"{FUSE_NORM_VARIABLE}=1 needs {BACKEND_VARIABLE}=triton, not {backend}")
+    return asked == "1"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from bq_kernels.checksums import compare_for_loading, read_header
-from bq_kernels.format import QUANT_METHOD, FormatError, QuantConfig
+from bq_kernels.format import EMBEDDING, QUANT_METHOD, FormatError, QuantConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.transformers_utils.repo_utils import try_get_local_file
 
@@ -96,13 +96,14 @@ class ButterflyConfig(QuantizationConfig):
         self.quant = replace(self.quant, modules_to_not_convert=tuple(names), module_bits=bits)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Method of a layer; None, vLLM's default, for attention and embeddings.
+        """Method of a layer; None, vLLM's default, for attention, and an embedding or LM head that is not packed.
 
         Raises:
             FormatError: for experts, and for fused layers whose parts the checkpoint treats differently.
         """
         # imported late: linear.py loads vLLM's layers, which set up torch.compile, and vLLM imports this file earlier
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from .linear import ButterflyLinearMethod
 
@@ -114,6 +115,8 @@ class ButterflyConfig(QuantizationConfig):
                 f"{prefix}: experts cannot be quantized with {QUANT_METHOD!r} yet; "
                 "list them in modules_to_not_convert and store them unquantized"
             )
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._method_of_embedding(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
 
@@ -136,3 +139,19 @@ class ButterflyConfig(QuantizationConfig):
         if len(set(bits.values())) > 1:
             raise FormatError(f"{prefix}: vLLM fuses layers, which then need the same number of bits: {bits}")
         return ButterflyLinearMethod(self.quant, modules)
+
+    def _method_of_embedding(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Method of an embedding or an LM head; None where it is not packed."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        from .embedding import ButterflyEmbeddingMethod, TiedHeadMethod
+
+        embeddings = [name for name in self.quant.module_bits if name.rpartition(".")[2] == EMBEDDING]
+        is_head = isinstance(layer, ParallelLMHead)
+        # vLLM's LLaMA does not tell its embedding its name
+        name = prefix or (embeddings[0] if len(embeddings) == 1 and not is_head else prefix)
+        if self.quant.packs(name):
+            return ButterflyEmbeddingMethod(self.quant, name)
+        if is_head and embeddings and not self.quant.skips(name):
+            return TiedHeadMethod(name)
+        return None

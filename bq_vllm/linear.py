@@ -24,7 +24,8 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from .backend import select_activation_bits, select_backend
+from . import fuse_norm
+from .backend import select_activation_bits, select_backend, select_fuse_norm
 from .warming import warm_up
 
 
@@ -129,6 +130,7 @@ class ButterflyLinearMethod(LinearMethodBase):
         self.rotates, self.block_size = config.rotation.kind != "none", config.rotation.block(modules[0])
         self.backend = select_backend()
         self.activation_bits = select_activation_bits(self.backend, config.prefill_activation_bits)
+        self.fuses_norm = select_fuse_norm(self.backend) and self.rotates
         self.dense = UnquantizedLinearMethod() if self.backend == "dense" else None
         self.compiles = self.backend == "triton" and not ops.interpreted()
 
@@ -148,13 +150,10 @@ class ButterflyLinearMethod(LinearMethodBase):
         [partitions, K/block, angles per block]: q, k and v each have a copy, and copies that differ are refused.
         """
         partitions = len(output_partition_sizes)
-        ranks = output_size // sum(output_partition_sizes)
-        # with more ranks than key/value heads, several ranks hold the same head
-        copies = [1, *[getattr(layer, "num_kv_head_replicas", 1)] * (partitions - 1)]
         layer.butterfly = LayerTensors(
             self.config,
             self.modules if len(self.modules) == partitions else self.modules[:1] * partitions,
-            [size * ranks // n for size, n in zip(output_partition_sizes, copies, strict=True)],
+            self.checkpoint_rows(layer, output_partition_sizes, output_size // sum(output_partition_sizes)),
             input_size,
         )
         layer.packed_out_features = sum(output_partition_sizes)
@@ -181,6 +180,14 @@ class ButterflyLinearMethod(LinearMethodBase):
             layer.register_parameter(suffix, param)
         if self.compiles:
             warm_up.expect(layer)
+        if self.fuses_norm:
+            fuse_norm.install()
+
+    def checkpoint_rows(self, layer: torch.nn.Module, output_partition_sizes: list[int], ranks: int) -> list[int]:
+        """Outputs in the checkpoint, all ranks together, per output partition."""
+        # with more ranks than key/value heads, several ranks hold the same head
+        copies = [1, *[getattr(layer, "num_kv_head_replicas", 1)] * (len(output_partition_sizes) - 1)]
+        return [size * ranks // n for size, n in zip(output_partition_sizes, copies, strict=True)]
 
     def _finish_loading(self, layer: torch.nn.Module) -> torch.Tensor | None:
         """Refuse missing tensors; returns the layer's angles [K/block, angles per block], None without a rotation."""
@@ -241,15 +248,27 @@ class ButterflyLinearMethod(LinearMethodBase):
         if self.backend == "dense":
             self.dense.process_weights_after_loading(layer)
         if self.compiles:
-            warm_up.loaded(layer, in_features, self.apply)
+            warm_up.loaded(layer, in_features, self.launch)
+
+    def launch(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Launch the layer's kernels as for the tokens x [M, K]: those that are compiled ahead."""
+        self.apply(layer, x, bias)
+        if self.fuses_norm and len(self.modules) > 1:  # layers that share an input: a norm may come in front
+            qweight, scales, zeros, *tables = self.prepared(layer)
+            packed = (qweight, scales, zeros, bias, layer.packed_out_features, *tables, self.activation_bits)
+            for residual in (x, None):
+                ops.norm_linear(x, residual, x.new_zeros(x.shape[1]), 0.0, *packed)
+
+    def prepared(self, layer: torch.nn.Module) -> PreparedWeights:
+        """The weights of a layer whose backend is not `dense`."""
+        tables = (layer.cos_sin, layer.mix) if self.rotates else (None, None)
+        return PreparedWeights(layer.qweight, layer.scales, getattr(layer, "zeros", None), *tables)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """y = W x + bias for x [..., K] in any supported dtype."""
         if self.backend == "dense":
             return self.dense.apply(layer, x, bias)
-        tables = (layer.cos_sin, layer.mix) if self.rotates else (None, None)
-        weights = PreparedWeights(layer.qweight, layer.scales, getattr(layer, "zeros", None), *tables)
-        return prepared_linear(x, weights, bias, layer.packed_out_features, self.activation_bits)
+        return prepared_linear(x, self.prepared(layer), bias, layer.packed_out_features, self.activation_bits)
 
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
         """The dense weight [N, K] of a layer that has just been loaded; vLLM asks for it to quantize it anew."""

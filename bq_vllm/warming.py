@@ -70,7 +70,7 @@ class KernelWarmUp:
         from bq_kernels.warming import Compilation, recording
 
         shapes = sorted((name, *p.shape, str(p.dtype)) for name, p in layer.named_parameters(recurse=False))
-        kind = (in_features, layer.params_dtype, *shapes, *self._rows)
+        kind = (type(layer).__name__, in_features, layer.params_dtype, *shapes, *self._rows)
         if kind in self._kinds:
             return
         self._kinds.add(kind)

@@ -150,12 +150,23 @@ def check_recipe_values(words: list[str]) -> None:
     assert make_recipe(given.get("--recipe", next(iter(RECIPES))), overrides)
 
 
+def check_torchrun(words: list[str]) -> list[str]:
+    """Flags of torchrun, against its source; and the command that it starts."""
+    start = words.index("-m")
+    assert words[start + 1] == "bq_calibration" and find_spec("bq_calibration.__main__") is not None
+    source = (Path(find_spec("torch").submodule_search_locations[0]) / "distributed" / "run.py").read_text()
+    assert all(f'"{flag}"' in source for flag in flags_of(words[:start]))
+    return ["bq-calibrate", *words[start + 2 :]]
+
+
 def check_pytest(words: list[str]) -> None:
     assert all((ROOT / word).exists() for word in words[1:] if "/" in word)
 
 
 @pytest.mark.parametrize("words", ALL_COMMANDS)
 def test_command(words):
+    if words[0] == "torchrun":
+        words = check_torchrun(words)
     program = words[0]
     if program == "cd":
         assert words[1] == PROJECT["name"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from bq_calibration.hf import ButterflyLinear
+from bq_calibration.packed_modules import ButterflyLinear
 from bq_kernels.activations import round_to_int8
 from bq_kernels.reference import angles_of, apply_rotation, dequantize, givens_tables
 from torch import nn

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH_TABLE = ROOT / "kernels" / "bq_kernels" / "launch.json"
 GPU = "a GPU"
-VLLM_ROWS = "fp16,butterfly-128,vllm-w4,no-rotation,hadamard-128,butterfly-full"
+VLLM_ROWS = "fp16,butterfly-128,vllm-w4,no-rotation,butterfly-128-norm,hadamard-128,butterfly-full"
 MINUTES = "{minutes}"  # in a command: what the step has of time, less what it needs to write its results
 
 
@@ -75,7 +75,7 @@ class Plan:
 def _kernel_steps(plan: Plan) -> list[Step]:
     gpu = () if plan.rehearse else (GPU,)
     tests = ROOT / "tests" / "kernels"
-    files = [tests / f"test_{name}.py" for name in ("triton", "dense", "int8")]
+    files = [tests / f"test_{name}.py" for name in ("triton", "dense", "int8", "norm")]
     chosen = [tests / "test_ops.py"] if plan.rehearse else ["-k", "not interpreter", *files]
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, chosen))
     return [
@@ -115,6 +115,15 @@ def _kernel_steps(plan: Plan) -> list[Step]:
             least=20,
             needs=gpu,
             result=plan.out / "layer.json",
+        ),
+        Step(
+            name="vocabulary",
+            purpose="LM heads and look-ups of embeddings in 4 bits",
+            command=plan.kernels("vocabulary"),
+            seconds=60,
+            least=20,
+            needs=gpu,
+            result=plan.out / "vocabulary.json",
         ),
     ]
 

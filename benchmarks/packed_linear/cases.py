@@ -18,6 +18,9 @@ SHAPES = {
     "llama2-13b": {"qkv": (15360, 5120), "o": (5120, 5120), "gate_up": (27648, 5120), "down": (5120, 13824)},
     "smoke": {"smoke": (192, 256)},
 }
+# tokens and hidden features of embeddings and LM heads
+VOCABULARIES = {"llama2-7b": (32000, 4096), "llama3-8b": (128256, 4096), "qwen3-1.7b": (151936, 2048)}
+SMOKE_VOCABULARY = {"smoke": (200, 256)}
 BITS = 2
 DTYPE = torch.float16
 MOST_SETS = 64
@@ -37,6 +40,7 @@ class LinearCase:
         group_size: columns that share a scale.
         device: where the tensors are.
         cache_bytes: size of the device's L2 cache.
+        bits: per code.
 
     Attributes:
         packed_bytes: bytes of one set, scales included.
@@ -44,12 +48,14 @@ class LinearCase:
         packed: the sets as kernels take them, tiles, scales and zeros (None).
     """
 
-    def __init__(self, out_features: int, in_features: int, group_size: int, device: str, cache_bytes: int):
+    def __init__(
+        self, out_features: int, in_features: int, group_size: int, device: str, cache_bytes: int, bits: int = BITS
+    ):
         self.out_features, self.in_features, self.group_size = out_features, in_features, group_size
         self.device, self.cache_bytes = device, cache_bytes
         groups = in_features // group_size
-        self.packed_bytes = out_features * in_features * BITS // 8 + out_features * groups * 2
-        words = _random_words(out_features, in_features * BITS // 32, device=device)
+        self.packed_bytes = out_features * in_features * bits // 8 + out_features * groups * 2
+        words = _random_words(out_features, in_features * bits // 32, device=device)
         scales = (torch.rand(out_features, groups, device=device) + 0.5).half() / in_features**0.5
         self.plain = words, scales
         first = tile(words, scales, None, in_features)

@@ -4,6 +4,7 @@
     python benchmarks/kernels.py tune [--minutes 9]     fill launch.json for this GPU, then `run`
     python benchmarks/kernels.py errors                 against float64, over formats, shapes and rows
     python benchmarks/kernels.py layer                  the linears of one decoder layer in a CUDA graph, by kernel
+    python benchmarks/kernels.py vocabulary             an LM head, and the look-up of an embedding's rows
     python benchmarks/kernels.py plot FILE              draw FILE.png from the JSON of an earlier run
     python benchmarks/kernels.py build-quarot QUAROT CUTLASS -o FILE.so    then BQ_QUAROT=FILE.so … run
 
@@ -31,8 +32,8 @@ from rich.console import Console
 
 from benchmarks.harness.provenance import command
 from benchmarks.harness.results import finish, write_plot
-from benchmarks.packed_linear import errors, layer_step, quarot, report, tuning
-from benchmarks.packed_linear.cases import SHAPES, LinearCase
+from benchmarks.packed_linear import errors, layer_step, quarot, report, tuning, vocabulary
+from benchmarks.packed_linear.cases import SHAPES, SMOKE_VOCABULARY, VOCABULARIES, LinearCase
 from benchmarks.packed_linear.measure import Measurement, environment, measure_ceilings
 from benchmarks.packed_linear.warming import WarmUp, build_kernels
 
@@ -156,10 +157,39 @@ def measure_layer(
         shapes, rows, group = "smoke", "1,5", 64
     torch.manual_seed(0)
     counts, cache = [int(count) for count in rows.split(",")], measure_ceilings(device).cache
-    build_kernels([WarmUp(*shape, group, counts, [None]) for shape in SHAPES[shapes].values()], console)
+    layers = SHAPES[shapes].items()
+    build_kernels(
+        [WarmUp(*shape, group, counts, [None], name in layer_step.BEHIND_NORM) for name, shape in layers], console
+    )
     results = layer_step.measure_step(SHAPES[shapes], counts, group, device, cache)
     record = {"command": command(), "environment": environment(), "group": group, "shapes": shapes, "rows": results}
     finish(console, record, as_json, [layer_step.step_table(results)])
+
+
+@app.command("vocabulary")
+def measure_vocabulary(
+    rows: Annotated[str, typer.Option(help="Rows of x for the LM head, comma-separated.")] = "1,8,64,256,1024",
+    tokens: Annotated[str, typer.Option(help="Tokens that are looked up together, comma-separated.")] = "1,64,4096",
+    bits: int = 4,
+    group: Annotated[int, typer.Option(help="Columns that share a scale.")] = 128,
+    minutes: Annotated[float, typer.Option(help="Stop after that long and say what is left out.")] = 8.5,
+    smoke: bool = False,
+    as_json: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/vocabulary.json"),
+) -> None:
+    """Time LM heads and look-ups of real vocabularies, checked against float32, print tables, write JSON."""
+    device, deadline = _device(smoke), time.monotonic() + 60 * minutes
+    shapes = SMOKE_VOCABULARY if smoke else VOCABULARIES
+    if smoke:
+        rows, tokens, group = "1,5", "1,70", 64
+    torch.manual_seed(0)
+    ceilings = measure_ceilings(device)
+    counts = [[int(count) for count in text.split(",")] for text in (rows, tokens)]
+    settings = bits, group, device, ceilings, deadline
+    results, left_out = vocabulary.measure_vocabularies(shapes, *counts, *settings)
+    record = {"command": command(), "environment": environment(), "ceilings": vars(ceilings)}
+    record |= {"bits": bits, "group": group, "rows": results, "left_out": left_out}
+    parts = vocabulary.HEAD, vocabulary.LOOK_UP
+    finish(console, record, as_json, [vocabulary.vocabulary_table(results, part) for part in parts])
 
 
 @app.command()

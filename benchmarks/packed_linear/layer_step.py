@@ -1,4 +1,7 @@
-"""The linears of one decoder layer, one after the other in a CUDA graph, and what each kernel takes of a step."""
+"""The linears of one decoder layer, one after the other in a CUDA graph, and what each kernel takes of a step.
+
+Two rows have the layer's RMSNorms as well: as kernels of their own, and in the packed linear behind them.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from rich.table import Table
 
 from benchmarks.harness.timing import median_seconds
 from benchmarks.packed_linear.cases import DTYPE, LinearCase
-from benchmarks.packed_linear.methods import BASELINE, METHODS, ROTATED, Prepared
+from benchmarks.packed_linear.methods import BASELINE, METHODS, NORMED, ROTATED, Prepared
 
-STEP_METHODS = (BASELINE, ROTATED, "ours, no rotation", "ours, full width")
+STEP_METHODS = (BASELINE, ROTATED, "ours, no rotation", "ours, full width", *NORMED)
+BEHIND_NORM = ("qkv", "gate_up", "square", "smoke")  # layers that read what an RMSNorm writes
 PROFILED_STEPS = 20
 
 
@@ -48,13 +52,16 @@ def measure_step(
         device: where to compute.
         cache: bytes of the L2 cache, which the weights of a step must not fit.
     """
-    cases = [LinearCase(*shape, group, device, cache) for shape in shapes.values()]
+    cases = {layer: LinearCase(*shape, group, device, cache) for layer, shape in shapes.items()}
     results = []
     for name in STEP_METHODS:
-        linears: list[Prepared] = [METHODS[name](case) for case in cases]
+        normed, plain = NORMED.get(name), METHODS[ROTATED if name in NORMED else name]
+        linears: list[Prepared] = [
+            (normed if normed and layer in BEHIND_NORM else plain)(case) for layer, case in cases.items()
+        ]
         sets = min(linear.sets for linear in linears)
         for count in rows:
-            xs = [torch.randn(count, case.in_features, device=device, dtype=DTYPE) for case in cases]
+            xs = [torch.randn(count, case.in_features, device=device, dtype=DTYPE) for case in cases.values()]
 
             def step(i, linears=linears, xs=xs):
                 for linear, x in zip(linears, xs, strict=True):

@@ -15,6 +15,7 @@ from benchmarks.packed_linear.cases import BITS, DTYPE, LinearCase
 from benchmarks.packed_linear.quarot import QuarotLinear
 
 WIDE_BLOCK = 512
+EPSILON = 1e-5  # of an RMSNorm
 MOST_PEER_LAYERS = 8  # gemlite compiles for each of its layers
 
 
@@ -51,6 +52,26 @@ def packed(block_size_of: Callable[[LinearCase], int | None], hadamard: bool = F
 
         def run(x, i):
             return ops.packed_linear(x, *case.packed[i], None, case.out_features, *(tables or (None, None)))
+
+        return Prepared(run, len(case.packed), tables)
+
+    return prepare
+
+
+def normed(inside: bool) -> Method:
+    """The packed linear behind a rotation in blocks of a group and an RMSNorm: in one operator, or before it."""
+
+    def prepare(case: LinearCase) -> Prepared:
+        tables, weight = case.rotation_tables(case.group_size), torch.ones(case.in_features, device=case.device)
+        weight = weight.to(DTYPE)
+        # as vLLM has it: by Inductor, in one kernel
+        norm = torch.compile(reference.rms_norm, dynamic=False) if torch.cuda.is_available() else reference.rms_norm
+
+        def run(x, i):
+            layer = (*case.packed[i], None, case.out_features, *tables)
+            if inside:
+                return ops.norm_linear(x, x, weight, EPSILON, *layer)[0]
+            return ops.packed_linear(norm(x, x, weight, EPSILON)[0], *layer)
 
         return Prepared(run, len(case.packed), tables)
 
@@ -106,4 +127,5 @@ METHODS: dict[str, Method] = {
     "gemlite A16W2": gemlite,
     "QuaRot W4A4": quarot,
 }
+NORMED: dict[str, Method] = {"ours, norm before": normed(inside=False), "ours, norm inside": normed(inside=True)}
 PEERS = ("Humming W2", "gemlite A16W2", "QuaRot W4A4")  # may be missing, or not take a shape

@@ -15,7 +15,7 @@ from bq_kernels.warming import Compilation, Specialization, recording
 from rich.console import Console
 
 from benchmarks.packed_linear.cases import DTYPE, LinearCase
-from benchmarks.packed_linear.methods import WIDE_BLOCK
+from benchmarks.packed_linear.methods import EPSILON, WIDE_BLOCK
 
 
 class WarmUp(NamedTuple):
@@ -25,6 +25,7 @@ class WarmUp(NamedTuple):
         out_features, in_features, group_size: the layer.
         tokens: numbers of rows of x.
         launches: how to compute them; None for what launch.json says.
+        normed: also behind an RMSNorm.
     """
 
     out_features: int
@@ -32,6 +33,7 @@ class WarmUp(NamedTuple):
     group_size: int
     tokens: list[int]
     launches: list[Launch | None]
+    normed: bool = False
 
 
 def kernels_of(job: WarmUp, device: str = "cuda") -> Iterable[Specialization]:
@@ -45,7 +47,10 @@ def kernels_of(job: WarmUp, device: str = "cuda") -> Iterable[Specialization]:
             x = torch.randn(tokens, job.in_features, device=device, dtype=DTYPE)
             tables = case.rotation_tables(block_size) if block_size else (None, None)
             with contextlib.suppress(Exception):  # a launch that fails is reported where it is timed
-                triton_linear.packed_linear(x, *case.packed[0], None, job.out_features, *tables, launch)
+                layer = *case.packed[0], None, job.out_features, *tables
+                triton_linear.packed_linear(x, *layer, launch)
+                if job.normed and block_size == job.group_size:
+                    triton_linear.norm_linear(x, x, x.new_ones(job.in_features), EPSILON, *layer, launch)
     return found
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 def table_of(record: dict[str, Any]) -> Table:
     """Divergence on held-out text before and after training by arm; several seeds as mean ± standard deviation."""
-    table = Table("what is changed", "arm", "KL before", "KL after", "training loss at the end", "s")
+    table = Table("what is changed", "arm", "KL before", "KL after", "training loss at the end")
     for question, arms in record["results"].items():
         for name, rows in arms.items():
             after = [row["after"] for row in rows]
@@ -21,6 +21,5 @@ def table_of(record: dict[str, Any]) -> Table:
                 f"{rows[0]['before']:.4f}",
                 f"{fmean(after):.4f}{spread}",
                 f"{fmean(row['training_loss'][1] for row in rows):.4f}",
-                f"{fmean(row['seconds'] for row in rows):.0f}",
             )
     return table

@@ -10,6 +10,7 @@ dummies of its shape. The rows:
     butterfly-128      ours, a learned rotation in blocks of 128 features, as wide as the groups of the 2-bit weights
     butterfly-full     ours, a rotation of the whole input
     no-rotation        the same kernels without a rotation: the difference is what rotations cost
+    butterfly-128-norm    butterfly-128 with BQ_VLLM_FUSE_NORM=1; needs a GPU
     hadamard-128, -full   QuaRot: Hadamard of the same width online, and the same kernels
     vllm-hadamard-w2   QuaRot as vLLM offers it: compressed-tensors, 2 bits, Hadamard in blocks of 128
     vllm-w4            compressed-tensors at 4 bits with the kernel that vLLM picks (its name is printed)

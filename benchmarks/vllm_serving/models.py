@@ -65,11 +65,14 @@ ROWS: dict[str, Callable[[Config], Config | None]] = {
     "hadamard-128": _butterfly("hadamard"),
     "vllm-w4": _compressed_tensors(4),
     "no-rotation": _butterfly("none"),
+    "butterfly-128-norm": _butterfly("butterfly"),
     "butterfly-full": _butterfly("butterfly", wide=True),
     "hadamard-full": _butterfly("hadamard", wide=True),
     "vllm-hadamard-w2": _compressed_tensors(2, hadamard=True),
 }
-OTHERS = ("fp16", "vllm-w4", "vllm-hadamard-w2")  # may fail where vLLM or the machine lacks something; ours may not
+VARIABLES = {"butterfly-128-norm": {"BQ_VLLM_FUSE_NORM": "1"}}  # of the environment, by row
+# may fail where vLLM or the machine lacks something; the other rows of ours may not
+OTHERS = ("fp16", "vllm-w4", "butterfly-128-norm", "vllm-hadamard-w2")
 CHECKPOINT = "checkpoint"  # the row of a model with weights
 
 

@@ -23,8 +23,9 @@ _SAID_BY_VLLM = {
 }
 
 
-def _child(function: Callable, arguments: tuple, log: Path, writer: Connection) -> None:
+def _child(function: Callable, arguments: tuple, variables: dict[str, str], log: Path, writer: Connection) -> None:
     """Body of a process: sends what the generator yields, then how it ended; prints go to the log."""
+    os.environ.update(variables)
     os.setsid()  # whoever ends this process ends its engine with it
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -39,7 +40,12 @@ def _child(function: Callable, arguments: tuple, log: Path, writer: Connection) 
 
 
 def run_apart(
-    function: Callable, *arguments: object, log: Path, deadline: float, receive: Callable[[Any, Any], None]
+    function: Callable,
+    *arguments: object,
+    log: Path,
+    deadline: float,
+    receive: Callable[[Any, Any], None],
+    variables: dict[str, str] | None = None,
 ) -> str | None:
     """Run a generator of pairs in a process of its own.
 
@@ -49,13 +55,14 @@ def run_apart(
         log: file for everything that the process prints.
         deadline: by time.monotonic(); the process is ended then.
         receive: called with each pair.
+        variables: of its environment, besides those of this process.
 
     Returns:
         why it did not end well, or None.
     """
     context = multiprocessing.get_context("forkserver")
     reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(function, arguments, log, writer))
+    process = context.Process(target=_child, args=(function, arguments, variables or {}, log, writer))
     process.start()
     writer.close()
     reason = None

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.harness.results import write_json
-from benchmarks.vllm_serving.models import OTHERS, Config, write_row
+from benchmarks.vllm_serving.models import OTHERS, VARIABLES, Config, write_row
 from benchmarks.vllm_serving.processes import OUT_OF_TIME, logged_facts, run_apart
 from benchmarks.vllm_serving.settings import Settings, Task
 from benchmarks.vllm_serving.worker import EXTENSION
@@ -101,7 +101,8 @@ class Session:
 
         log = folder / f"{function.__name__}.log"
         arguments = todo, flags, self.settings, folder
-        reason = run_apart(function, *arguments, log=log, deadline=self.deadline, receive=receive)
+        limits = {"log": log, "deadline": self.deadline, "receive": receive}
+        reason = run_apart(function, *arguments, **limits, variables=VARIABLES.get(name))
         row.update(logged_facts(log))
         if reason:
             undone = [f"{kind} {n}" for kind, n in todo if str(n) not in row.get(kind, {})]

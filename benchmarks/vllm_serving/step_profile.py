@@ -18,8 +18,8 @@ def breakdown(events: list[dict]) -> dict[str, float]:
     """Microseconds of a mean decode step by category, and `gaps`, in which the device (on a CPU: torch) did nothing.
 
     Each instant counts once, for what started last of what is running: on a GPU a kernel or a copy, else an operator
-    of torch, without those that it calls. A rotation inside a GEMM's prologue counts as GEMM: the row `no-rotation`
-    shows what it costs.
+    of torch, without those that it calls. A rotation inside a GEMM's prologue counts as GEMM, one behind a norm as
+    norm: the row `no-rotation` shows what it costs.
 
     Args:
         events: `traceEvents` of a trace that torch.profiler wrote.

@@ -35,6 +35,8 @@ def calibrate(
 ) -> dict[str, Any]:
     """Turn a Hugging Face causal LM into a 2–4-bit butterfly checkpoint that vLLM serves.
 
+    Started by torchrun, several processes share the work; each returns the report.
+
     Progress is logged to `OUT.log` and through the logger `bq_calibration`, a line per decoder layer.
 
     >>> from bq_calibration import calibrate
@@ -49,8 +51,8 @@ def calibrate(
         recipe: `fast`, `best`, `max` or `paper`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         compute_dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        memory_budget: GB that the run may take, of the GPU's memory where it computes there; by default most of what
-            is free.
+        memory_budget: GB that each process may take, of the GPU's memory where it computes there; by default most of
+            what is free.
         resume: go on where an interrupted run stopped.
         extend: work that a run of fewer `train_tokens` has kept; this one trains on from there.
         keep_work: leave the run's work in `OUT.work`.
@@ -67,16 +69,17 @@ def calibrate(
     """
     from pathlib import Path
 
-    from .console import check_device, make_progress
+    from .console import make_progress
     from .recipes import make_recipe
 
     chosen = make_recipe(recipe, settings)
+    from . import parallel
     from .pipeline import Calibration
 
     budget = None if memory_budget is None else int(memory_budget * 1e9)
     work = (None if extend is None else Path(extend)), keep_work
-    run = Calibration(model, out, chosen, check_device(device), resume, plots, compute_dtype, budget, *work)
-    with make_progress(progress) as bars:
+    with parallel.joined(device) as own_device, make_progress(progress) as bars:
+        run = Calibration(model, out, chosen, own_device, resume, plots, compute_dtype, budget, *work)
         return run.dry_run(bars) if dry_run else run.run(bars)
 
 

@@ -14,6 +14,7 @@ from bq_kernels.format import QuantConfig
 from bq_kernels.reference import angles_of, dense_weight
 from torch import nn
 
+from . import parallel
 from .architecture import InputGroup
 from .errors import UserError
 from .sampling import spread_rows
@@ -56,6 +57,13 @@ class InputStatistics:
         self._magnitude += x.abs().sum(0)
         self._rows.append(spread_rows(x, _SAMPLE_PER_BATCH).clone())
         self.tokens += len(x)
+
+    def add_up(self) -> None:
+        """Take the sums over all processes; the sample stays this one's."""
+        tokens = torch.tensor(self.tokens, device=self._outer.device)
+        sums = tokens, self._outer, self._magnitude, self._drift
+        parallel.add_up(value for value in sums if value is not None)
+        self.tokens = tokens.item()
 
     @property
     def hessian(self) -> torch.Tensor:
@@ -164,7 +172,7 @@ class Block:
         return output[0] if isinstance(output, tuple) else output  # some architectures return a tuple
 
     def _batches(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return hidden.split(max(1, TOKENS_PER_BATCH // hidden.shape[1]))
+        return hidden.split(max(1, TOKENS_PER_BATCH // hidden.shape[1])) if len(hidden) else ()
 
     @torch.no_grad()
     def run(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -218,10 +226,10 @@ class Block:
 
     @torch.no_grad()
     def capture(self, hidden: torch.Tensor, group: InputGroup, original: Original | None = None) -> InputStatistics:
-        """Statistics of one group's inputs.
+        """Statistics of one group's inputs, in all processes.
 
         Args:
-            hidden: hidden states in front of the block, [samples, seqlen, hidden].
+            hidden: hidden states in front of the block, this process's [samples, seqlen, hidden].
             group: whose inputs to observe.
             original: the same in the 16-bit model, for `InputStatistics.drift`.
 
@@ -236,6 +244,7 @@ class Block:
             wanted = original.block.inputs(original.hidden, group)
             for x, x16 in zip(self.inputs(hidden, group), wanted, strict=True):
                 statistics.add(x, x16)
+        statistics.add_up()
         if not bool(torch.isfinite(statistics.mean_abs).all()):
             raise UserError(f"block {self.index}, {group.name}: the inputs hold NaN or infinity; is the model sound?")
         return statistics

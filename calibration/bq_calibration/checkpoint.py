@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bq_kernels.format import FormatError, QuantConfig, TensorSpec
+from bq_kernels.format import EMBEDDING, HEAD, FormatError, QuantConfig, TensorSpec
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -52,18 +52,42 @@ def quantized_layers(
     return layers
 
 
+def tied_head(model: PreTrainedModel) -> bool:
+    """Whether a model's LM head is its embedding."""
+    return f"{HEAD}.weight" in model.all_tied_weights_keys
+
+
+def packed_embeddings(model: PreTrainedModel, config: QuantConfig) -> dict[str, nn.Module]:
+    """The embedding and the LM head of a (possibly empty) model that are stored packed, by full name."""
+    names = f"{decoder_name(model)}.{EMBEDDING}", *(() if tied_head(model) else (HEAD,))
+    return {name: model.get_submodule(name) for name in names if config.packs(name)}
+
+
 @dataclass
 class Verified:
-    """A checkpoint that passed: its config, and for every packed layer its (N, K) and stored bits by suffix.
+    """A checkpoint that passed.
 
-    `unquantized_dtypes` counts the other tensors by dtype.
+    Attributes:
+        config: its quantization config.
+        layers: N and K of every packed linear layer, by full name.
+        embeddings: the same of the embedding and the LM head, where they are packed.
+        stored_bits: of the packed linear layers, by part.
+        unquantized_dtypes: number of tensors that are not packed, by dtype.
+        weights: of the whole model.
+        total_bytes: of all tensors.
     """
 
     config: QuantConfig
     layers: dict[str, tuple[int, int]]
+    embeddings: dict[str, tuple[int, int]]
     stored_bits: dict[str, int]
     unquantized_dtypes: dict[str, int]
+    weights: int
     total_bytes: int
+
+    def file_bits_per_weight(self) -> float:
+        """Bits of all tensors over the weights of the whole model: embedding, LM head and norms too."""
+        return self.total_bytes * 8 / self.weights
 
     def bits_per_weight(self) -> float:
         """All stored bits of the packed layers over their weights; angles counted once for layers that share them."""
@@ -91,16 +115,22 @@ def verify(folder: Path, dtypes: set[str] | None = None) -> Verified:
     names = model_names(folder, store.names(), model)
     store.rename({name: name if name.startswith(own) else known for name, known in names.items()})
     tied = set(model.all_tied_weights_keys)
-    layers = quantized_layers(model, data.get("model_type", ""), config)
+    layers, embeddings = quantized_layers(model, data.get("model_type", ""), config), packed_embeddings(model, config)
+    shapes = {name: tuple(layer.weight.shape) for name, (layer, _) in layers.items()}
+    tables = {name: tuple(module.weight.shape) for name, module in embeddings.items()}
     try:
-        _check_settings(config, layers, {*dict(model.named_modules()), *store.names()})
+        _check_settings(config, {*layers, *embeddings}, {*dict(model.named_modules()), *store.names()})
+        if tied_head(model) and tables and config.skips(HEAD):
+            raise FormatError(f"modules_to_not_convert: {HEAD} is tied to {next(iter(tables))}, which is packed")
         dtypes = dtypes or _stated_dtypes(folder, data)
-        kept = _check_tensors(store, _expected(model, layers, config), tied, dtypes)
+        expected = _expected(model, shapes | tables, config)
+        kept = _check_tensors(store, expected, tied, dtypes)
         bits = _stored_bits(store, layers, config)
     except FormatError as error:
         raise UserError(f"{folder}: {error}") from error
-    shapes = {name: (layer.out_features, layer.in_features) for name, (layer, _) in layers.items()}
-    return Verified(config, shapes, bits, kept, sum(store.nbytes(name) for name in store.names()))
+    weights = sum(n * k for n, k in (shapes | tables).values())
+    weights += sum(tensor.numel() for name, tensor in expected.items() if name in store and torch.is_tensor(tensor))
+    return Verified(config, shapes, tables, bits, kept, weights, sum(store.nbytes(name) for name in store.names()))
 
 
 Layers = dict[str, tuple[nn.Linear, InputGroup]]
@@ -131,33 +161,42 @@ def read_report(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{file}: not a report of bq-calibrate ({error}); download it again, or delete it") from error
 
 
-def _check_settings(config: QuantConfig, layers: Layers, names: set[str]) -> None:
+def _check_settings(config: QuantConfig, layers: set[str], names: set[str]) -> None:
     """Refuse settings for modules that the model does not have.
 
     Args:
         config: the settings.
-        layers: the packed layers.
+        layers: names of the packed layers, embedding and LM head among them.
         names: of all modules and tensors.
     """
-    if wrong := sorted(set(config.module_bits) - set(layers)):
+    if wrong := sorted(set(config.module_bits) - layers):
         raise FormatError(f"module_bits: the model has no packed layer {wrong[0]}")
     kinds = {name.rpartition(".")[2] for name in layers}
     if wrong := sorted(set(config.rotation.block_size) - kinds - {"default"}):
         raise FormatError(f"rotation.block_size: no packed layer is called {wrong[0]}; they are {sorted(kinds)}")
     for skipped in config.modules_to_not_convert:
-        if skipped != "lm_head" and not any(f".{skipped}." in f".{name}." for name in names):
+        if skipped != HEAD and not any(f".{skipped}." in f".{name}." for name in names):
             raise FormatError(f"modules_to_not_convert: the model has no module {skipped}")
 
 
-def _expected(model: nn.Module, layers: Layers, config: QuantConfig) -> dict[str, TensorSpec | torch.Tensor]:
-    """Tensors of the checkpoint by name; of those that are not quantized, the empty model's."""
-    expected: dict[str, TensorSpec | torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        if module not in layers or leaf != "weight":
-            expected[name] = tensor
-    for name, (layer, _) in layers.items():
-        for suffix, spec in config.tensors(name, layer.in_features, layer.out_features).items():
+def _expected(
+    model: PreTrainedModel, packed: dict[str, tuple[int, int]], config: QuantConfig
+) -> dict[str, TensorSpec | torch.Tensor]:
+    """Tensors of the checkpoint by name; of those that are not quantized, the empty model's.
+
+    Args:
+        model: the empty model.
+        packed: N and K of all that is stored packed, by full name.
+        config: the checkpoint's format.
+    """
+    without = {f"{name}.weight" for name in packed}
+    # a tensor that is tied to a packed one is not stored
+    without |= {tied for tied, source in model.all_tied_weights_keys.items() if source in without}
+    expected: dict[str, TensorSpec | torch.Tensor] = {
+        name: tensor for name, tensor in model.state_dict().items() if name not in without
+    }
+    for name, (rows, columns) in packed.items():
+        for suffix, spec in config.tensors(name, columns, rows).items():
             expected[f"{name}.{suffix}"] = spec
     return expected
 

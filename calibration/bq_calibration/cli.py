@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 
 from . import __version__, calibrate, evaluate, inspect
-from .console import stderr, stdout
+from .console import is_first, stderr, stdout
 from .errors import UserError, check_writable
 from .logs import log_to
 from .recipes import RECIPES, Recipe, make_recipe, parse_tokens
@@ -46,6 +46,8 @@ def _run(command: Callable[..., None]) -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
+        if not (is_first() or "torch" in sys.modules):  # flags are wrong in every process; later errors only one tells
+            sys.exit(1)
         words = " ".join(str(error).splitlines())  # a library's own words may take several lines
         stderr.print(f"error: {words}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -109,7 +111,7 @@ def _calibrate(
     memory_budget: Annotated[
         float | None,
         typer.Option(
-            help="GB that the run may take, of the GPU where it has one; most of what is free by default.",
+            help="GB that each process may take, of its GPU where it has one; most of what is free by default.",
             rich_help_panel=RUN,
             min=0,
         ),
@@ -145,7 +147,7 @@ def _calibrate(
     run = {"device": device, "compute_dtype": compute_dtype, "resume": resume, "plots": plots}
     run |= {"memory_budget": memory_budget, "extend": extend and str(extend), "keep_work": keep_work}
     try:
-        with contextlib.nullcontext() if stderr.is_terminal else log_to(None):
+        with contextlib.nullcontext() if stderr.is_terminal and is_first() else log_to(None):
             report = calibrate(
                 model, str(out), recipe, dry_run=dry_run, progress=stderr.is_terminal, **run, **overrides
             )
@@ -154,12 +156,15 @@ def _calibrate(
         hint = f"; finished blocks are kept in {unfinished}: continue with --resume" if unfinished.exists() else ""
         stderr.print(f"interrupted{hint}", soft_wrap=True)
         sys.exit(130)
+    if not is_first():
+        return
     if dry_run:
         stdout.print(_plan_table(report, out))
         return
     totals, facts = report["totals"], report["run"]
     stdout.print(
-        f"{out}: {totals['bits_per_weight']:.3f} bits per weight, {totals['checkpoint_bytes'] / 1e6:.1f} MB "
+        f"{out}: {totals['bits_per_weight']:.3f} bits per weight, {totals['file_bits_per_weight']:.3f} in the whole "
+        f"file, {totals['checkpoint_bytes'] / 1e6:.1f} MB "
         f"(16-bit: {totals['source_bytes'] / 1e6:.1f} MB), {facts['wall_seconds']:.0f} s, "
         f"peak {facts['peak_memory_bytes'] / 1e9:.2f} GB, computed in {facts['compute_dtype']['forward']}",
         soft_wrap=True,
@@ -172,7 +177,7 @@ def _plan_table(plan: dict[str, Any], out: Path) -> Table:
     table.add_row("windows of text", f"{plan['windows']} of {plan['seqlen']} tokens{held_out}")
     table.add_row("computed in", plan["compute_dtype"]["forward"])
     size = f"{plan['checkpoint_bytes'] / 1e6:.1f} MB, {plan['bits_per_weight']:.3f} bits per weight"
-    table.add_row("checkpoint", size)
+    table.add_row("checkpoint", f"{size}, {plan['file_bits_per_weight']:.3f} in the whole file")
     table.add_row("disk, unfinished work included", f"{plan['disk_bytes'] / 1e9:.2f} GB")
     table.add_row("memory, about", f"{plan['memory_bytes'] / 1e9:.1f} GB")
     if plan["seconds"] is not None:

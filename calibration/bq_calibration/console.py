@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -10,10 +12,15 @@ from .errors import UserError
 stdout, stderr = Console(), Console(stderr=True)
 
 
+def is_first() -> bool:
+    """Whether this is the first of the processes that torchrun has started, or alone: the one that is heard."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def make_progress(shown: bool) -> Progress:
-    """Progress bars on stderr, or ones that nobody sees."""
+    """Progress bars on stderr, the first process's, or ones that nobody sees."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not shown)
+    return Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not (shown and is_first()))
 
 
 def check_device(device: str) -> str:

@@ -6,6 +6,8 @@ straight-through quantizer; frozen ones stay packed.
 
 from __future__ import annotations
 
+import gc
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from bq_kernels.divergence import divergence_
 from bq_kernels.format import QuantConfig
 from rich.progress import Progress
 
+from . import parallel
 from .model import SourceModel
 from .optimizer import Optimizer, latent_dtype
 from .recipes import Recipe
@@ -80,7 +83,7 @@ def train_end_to_end(
         text: to train on.
         workspace: keeps the result.
         blocks: name of its folder with the tensors of the rounded blocks.
-        memory_budget: bytes that training may take.
+        memory_budget: bytes that training may take, in each process.
         progress: shows a bar.
 
     Returns:
@@ -89,7 +92,12 @@ def train_end_to_end(
     folder = workspace.path / blocks
     if not recipe.train_tokens:
         return folder, []
-    plan = TrainingPlan(**workspace.json("plan", lambda: training_plan(source, recipe, memory_budget).to_dict()))
+    plan = TrainingPlan(
+        **workspace.json(
+            f"plan/{parallel.size()}",  # an interrupted run may go on with more processes, or fewer
+            lambda: training_plan(source, recipe, memory_budget).to_dict(),
+        )
+    )
     packed = TensorStore(folder)
     if plan.stores_teacher:
         kept = workspace.tensors("teacher", lambda: {"states": teacher_states(source, text.tokens, progress)})
@@ -103,13 +111,14 @@ def train_end_to_end(
             report["held_out_divergence"] = held_out(Student(source, config, packed), text, teacher)
         return report
 
-    stages = [workspace.json("rounded", rounded)]
+    stages = [workspace.json("rounded", rounded, together=True)]
     saved = workspace.path / "train.state", workspace.path / STABLE
-    curve = Curve(workspace.path / CURVE)
+    curve = Curve(workspace.path / CURVE if parallel.is_first() else None)
     report = workspace.step(
         "train/model", lambda: train_model(source, config, recipe, packed, text, teacher, plan, saved, curve, progress)
     )
-    saved[0].unlink(missing_ok=True)
+    if parallel.is_first():
+        shutil.rmtree(saved[0], ignore_errors=True)
     return workspace.path / "train", [*stages, {"stage": "train"} | report]
 
 
@@ -142,14 +151,34 @@ def held_out(student: Student, text: TrainingText, teacher: StoredTeacher | Resi
     """Mean KL(16-bit ‖ quantized) in nats per token on samples that training does not see.
 
     Args:
-        batch: samples at a time; always as many, so that compiled layers need not be compiled again.
+        batch: samples at a time and process; always as many, so that compiled layers need not be compiled again, and
+            that no process waits for one that has none left.
     """
     total = torch.zeros((), device=student.source.device)
-    for rows in torch.arange(text.held_out).split(batch):
-        filled = torch.cat((rows, rows[:1].expand(batch - len(rows))))
+    for numbers in torch.arange(text.held_out).split(batch * parallel.size()):
+        rows = numbers[parallel.rank() :: parallel.size()]
+        filled = torch.cat((rows, numbers[:1].expand(batch - len(rows))))
         states = student.states(text.tokens[filled].to(student.source.device, torch.int64))
-        total += divergence(student, states[: len(rows)], teacher.states(rows))[0]
-    return total.item() / (text.held_out * text.tokens.shape[1])
+        if len(rows):
+            total += divergence(student, states[: len(rows)], teacher.states(rows))[0]
+    return parallel.total(total).item() / (text.held_out * text.tokens.shape[1])
+
+
+def _make_student(
+    source: SourceModel,
+    config: QuantConfig,
+    recipe: Recipe,
+    packed: TensorStore,
+    text: TrainingText,
+    plan: TrainingPlan,
+) -> Student:
+    latent = latent_dtype(plan.optimizer_bits)
+    student = Student(source, config, packed, recipe.train_codes, latent, plan.recompute)
+    if plan.compile and not student.compile(text.tokens[: plan.micro_batch].to(source.device, torch.int64)):
+        del student
+        gc.collect()  # before there is another: its layers refer to each other in circles
+        student = Student(source, config, packed, recipe.train_codes, latent, plan.recompute)
+    return student
 
 
 def train_model(
@@ -175,7 +204,7 @@ def train_model(
         text: to train on.
         teacher: gives the 16-bit model's states.
         plan: how it fits into memory.
-        saved: files of `Training`: `saved` and `stable`.
+        saved: folders of `Training`: `saved` and `stable`.
         curve: takes the losses.
         progress: shows a bar.
         rates: peak Adam learning rates by kind of parameter; the codes' is the recipe's.
@@ -184,28 +213,24 @@ def train_model(
         the tensors that the checkpoint holds now in place of `packed`, and for the report the course of the training.
     """
     rates = rates | {"codes": recipe.code_lr}
-    student = Student(
-        source, config, packed, recipe.train_codes, latent_dtype(plan.optimizer_bits), recompute=plan.recompute
-    )
-    size = plan.samples_per_step
-    if plan.compile:
-        student.compile(text.tokens[: plan.micro_batch].to(source.device, torch.int64))
+    student, size = _make_student(source, config, recipe, packed, text, plan), plan.samples_per_step
     tokens_per_step = size * text.tokens.shape[1]
 
     def step_loss(step: int) -> torch.Tensor:
         total = torch.zeros((), device=source.device)
-        for rows in text.batch(step, size, recipe.seed).split(plan.micro_batch):
+        own = text.batch(step, size, recipe.seed)[parallel.rank() :: parallel.size()]
+        for rows in own.split(plan.micro_batch):
             tokens = text.tokens[rows].to(source.device, torch.int64, non_blocking=True)
             output = student.states(tokens)
             loss, gradient = divergence(student, output, teacher.states(rows))
             output.backward(gradient / tokens_per_step)
             total += loss
-        return total / tokens_per_step
+        return parallel.total(total / tokens_per_step)
 
     steps = recipe.train_steps
     parameters = student.parameters()
     training = Training(
-        optimizer=Optimizer(parameters, plan.optimizer_bits, in_backward=plan.micro_batch >= size),
+        optimizer=Optimizer(parameters, plan.optimizer_bits, in_backward=plan.one_pass),
         rates=rates,
         schedule=Schedule.of(recipe.schedule, steps),
         step_loss=step_loss,

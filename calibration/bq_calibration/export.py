@@ -1,4 +1,4 @@
-"""Assembling a butterfly checkpoint: packed layers from the run, everything else from the 16-bit model."""
+"""Assembling a butterfly checkpoint: packed tensors from the run, everything else from the 16-bit model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bq_kernels import checksums
-from bq_kernels.format import QuantConfig
+from bq_kernels.format import HEAD, QuantConfig
 
 from .errors import explain_write
 from .files import carried_files, write_json, write_tensors
@@ -21,12 +21,12 @@ SHARD_BYTES = 2 * 10**9
 GUARD = "packed weights need `import bq_calibration.hf` (of bq-vllm) before from_pretrained"
 
 
-def export(source: SourceModel, blocks: Path, config: QuantConfig, folder: Path) -> None:
+def export(source: SourceModel, packed: TensorStore, config: QuantConfig, folder: Path) -> None:
     """Write config.json, weights, and the files that come along (tokenizer, licence, …) of a checkpoint.
 
     Args:
         source: the 16-bit model.
-        blocks: folder with the safetensors files of the packed layers.
+        packed: tensors of the packed layers, embedding and LM head; and of trained norms.
         config: goes into config.json.
         folder: written anew.
 
@@ -39,13 +39,9 @@ def export(source: SourceModel, blocks: Path, config: QuantConfig, folder: Path)
         for name in carried_files(source.folder):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.folder / name, folder / name)
-    packed = TensorStore(blocks)
-    replaced = {
-        f"{source.block_prefix(index)}{name}.weight"
-        for index in range(source.num_blocks)
-        for group in source.groups
-        for name in group.layers
-    }
+    replaced = {f"{name.removesuffix('.qweight')}.weight" for name in packed.names() if name.endswith(".qweight")}
+    if len(source.embedding_names) == 1 and config.packs(source.embedding_names[0]):
+        replaced.add(f"{HEAD}.weight")  # a copy beside the embedding that it is tied to
     store_of = {name: source.store for name in source.store.names() if name not in replaced}
     store_of |= dict.fromkeys(packed.names(), packed)
     _write_shards(store_of, source, folder)

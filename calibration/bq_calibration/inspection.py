@@ -37,6 +37,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "checkpoint": str(folder),
         "quantization_config": verified.config.to_dict(),
         "bits_per_weight": verified.bits_per_weight(),
+        "file_bits_per_weight": verified.file_bits_per_weight(),
         "stored_bits": verified.stored_bits,
         "unquantized_dtypes": verified.unquantized_dtypes,
         "total_bytes": verified.total_bytes,
@@ -47,6 +48,10 @@ def describe(folder: Path) -> dict[str, Any]:
             "not_covered": sums.uncovered,
         },
         "layers": {name: {"out_features": n, "in_features": k} for name, (n, k) in verified.layers.items()},
+        "embeddings": {
+            name: {"tokens": n, "features": k, "bits": verified.config.bits_of(name)}
+            for name, (n, k) in verified.embeddings.items()
+        },
         "report": read_report(folder),
     }
 
@@ -97,7 +102,10 @@ def _summary(description: dict[str, Any]) -> Table:
     rows = {"bits, group, zero point": f"{config['bits']}, {config['group_size']}, {config['zero_point']}"}
     rows["rotation"] = f"{config['rotation']['kind']} {config['rotation'].get('block_size', '')}"
     rows["packed layers"] = str(len(description["layers"]))
-    rows["bits per weight, all counted"] = f"{description['bits_per_weight']:.4f}"
+    embeddings = description["embeddings"].items()
+    rows["embedding, LM head"] = ", ".join(f"{name}: {e['bits']} bits" for name, e in embeddings) or "not quantized"
+    rows["bits per weight of the whole file"] = f"{description['file_bits_per_weight']:.4f}"
+    rows["bits per weight of linear layers, all counted"] = f"{description['bits_per_weight']:.4f}"
     weights = sum(layer["out_features"] * layer["in_features"] for layer in description["layers"].values())
     rows |= {f"  {part}": f"{bits / weights:.4f}" for part, bits in description["stored_bits"].items()}
     kept = description["unquantized_dtypes"].items()

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from .console import is_first
 from .errors import explain_write
 
 LOGGER = logging.getLogger("bq_calibration")
@@ -17,14 +18,18 @@ FORMAT = "%(asctime)s %(message)s"
 def log_to(file: Path | None) -> Iterator[None]:
     """Append the package's log lines to a file, or print them on stderr, for as long as the context lasts.
 
+    Of several processes only the first one's lines are.
+
     Args:
         file: None for stderr.
 
     Raises:
         WriteError: if the file cannot be written.
     """
-    if file is None:
-        handler: logging.Handler = logging.StreamHandler()
+    if not is_first():
+        handler: logging.Handler = logging.NullHandler()
+    elif file is None:
+        handler = logging.StreamHandler()
     else:
         with explain_write(file):
             handler = logging.FileHandler(file)

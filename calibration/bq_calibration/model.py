@@ -6,13 +6,16 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from bq_kernels.format import EMBEDDING, HEAD
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from . import parallel
 from .architecture import input_groups
 from .block import Block
 from .compute import compute_dtypes
@@ -82,10 +85,12 @@ class SourceModel:
         self.text_config = self.config.get_text_config()
         self.decoder_name, self.other_parts = decoder_name(self.skeleton), other_parts(self.skeleton)
         self.decoder = self.skeleton.get_submodule(self.decoder_name)
+        self._replaced: dict[str, torch.Tensor] = {}
         self._match_names()
         self.first_linear = f"{self.block_prefix(0)}{self.groups[0].layers[0]}.weight"
         self.stored_dtype = self.store.dtype(self.first_linear)
-        self.compute = compute_dtypes(compute_dtype, self.stored_dtype, device)
+        # a CPU is measured: the first process does it for all
+        self.compute = parallel.from_first(lambda: compute_dtypes(compute_dtype, self.stored_dtype, device))
         self.dtype, self.training_dtype = self.compute.forward, self.compute.training
         for parameter in self.skeleton.parameters():  # buffers keep their own dtype: positions need float32
             parameter.data = parameter.data.to(self.dtype)
@@ -170,10 +175,19 @@ class SourceModel:
         Raises:
             UserError: if it holds NaN or infinity.
         """
-        tensor = self.store.get(name)
+        tensor = self._replaced[name] if name in self._replaced else self.store.get(name)
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{self.folder}: tensor {name} holds NaN or infinity; the model is damaged, get it again")
         return tensor
+
+    @contextmanager
+    def replaced(self, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Let `read`, and so all that is loaded, give these tensors in place of the stored ones."""
+        self._replaced = tensors
+        try:
+            yield
+        finally:
+            self._replaced = {}
 
     @contextmanager
     def _loaded(self, module: nn.Module, prefix: str) -> Iterator[nn.Module]:
@@ -189,6 +203,23 @@ class SourceModel:
     def block_prefix(self, index: int) -> str:
         """Name prefix of the tensors of decoder layer `index`."""
         return f"{self.decoder_name}.layers.{index}."
+
+    @cached_property
+    def embedding_names(self) -> tuple[str, ...]:
+        """Full names of the embedding and the LM head; of the embedding alone, where the head is tied to it.
+
+        Raises:
+            UserError: if config.json ties them and the files hold two different ones.
+        """
+        embedding, head = f"{self.decoder_name}.{EMBEDDING}", f"{HEAD}.weight"
+        if head not in self.skeleton.all_tied_weights_keys:
+            return embedding, HEAD
+        if head in self.store and not torch.equal(self.store.get(head), self.store.get(f"{embedding}.weight")):
+            raise UserError(
+                f"{self.folder}: config.json ties the LM head to the embedding, but {head} differs from it; "
+                "set tie_word_embeddings to false"
+            )
+        return (embedding,)
 
     @property
     def head_prefix(self) -> str:

@@ -15,11 +15,12 @@ from .skeleton import auto_class
 _TEMPLATE = """# {name}, {bits}-bit butterfly
 
 Linear weights are {bits}-bit integers in a rotated basis ({rotation}), after ButterflyQuant
-([arXiv 2509.09679](https://arxiv.org/abs/2509.09679)). {kept} are those of the original.
+([arXiv 2509.09679](https://arxiv.org/abs/2509.09679)). {kept}
 
 | | |
 |---|---|
 | bits per weight of the linear layers, all that is stored counted | {bits_per_weight:.3f} |
+| bits per weight of the whole file | {file_bits_per_weight:.3f} |
 | size | {size:.1f} MB (original: {source_size:.1f} MB) |
 | group size, zero point | {group_size}, {zero_point} |
 | calibrated on | {tokens:,} tokens of {dataset} |
@@ -88,11 +89,12 @@ def write_model_card(folder: Path, source: SourceModel, config: QuantConfig, rep
     rows = (f"| {g['stage']} | {g['measure']} | {g['before']:.4f} | {g['after']:.4f} |" for g in report["gains"])
     text = _TEMPLATE.format(
         name=source.name,
-        kept=", ".join(("Embeddings", "norms", *source.other_parts)).replace("_", " ") + " and the LM head",
+        kept=_kept(source, config),
         auto_class=auto_class(source.config.model_type).__name__,
         bits=config.bits,
         rotation=rotation,
         bits_per_weight=totals["bits_per_weight"],
+        file_bits_per_weight=totals["file_bits_per_weight"],
         size=totals["checkpoint_bytes"] / 1e6,
         source_size=totals["source_bytes"] / 1e6,
         group_size=config.group_size,
@@ -104,6 +106,19 @@ def write_model_card(folder: Path, source: SourceModel, config: QuantConfig, rep
     )
     with explain_write(folder / "README.md"):
         (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _kept(source: SourceModel, config: QuantConfig) -> str:
+    """Sentences on the embedding and the LM head, and on all that is not quantized."""
+    names = source.embedding_names
+    titles = ("embedding", "LM head") if len(names) == 2 else ("embedding and LM head (one weight)",)
+    titles = dict(zip(names, titles, strict=True))
+    packed = [
+        f"{title[0].upper()}{title[1:]}: {config.bits_of(n)} bits." for n, title in titles.items() if config.packs(n)
+    ]
+    kept = [title for name, title in titles.items() if not config.packs(name)]
+    rest = [*kept, "norms", *(part.replace("_", " ") for part in source.other_parts)]
+    return " ".join([*packed, f"As in the original: {', '.join(rest)}."])
 
 
 def _source_card(source: SourceModel) -> dict[str, Any]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import nn
 
+from . import parallel
 from .errors import UserError
 
 BETAS = (0.9, 0.95)
+MOMENT_BLOCK = 256  # 8-bit moments that share a scale, at most
 
 
 def latent_dtype(optimizer_bits: int) -> torch.dtype:
@@ -18,9 +23,11 @@ def latent_dtype(optimizer_bits: int) -> torch.dtype:
 class Optimizer:
     """Adam whose learning rates are given by kind of parameter.
 
-    With 8 bits the moments of codes are stored in blocks of 256 with a scale each (Dettmers et al., arXiv 2110.02861),
-    the codes themselves in bfloat16, rounded stochastically: torchao's Adam8bit. Everything else stays in 32 bits, for
-    it is a hundredth of the parameters.
+    With 8 bits the moments of codes are stored in blocks with a scale each (Dettmers et al., arXiv 2110.02861), the
+    codes themselves in bfloat16, rounded stochastically: torchao's Adam8bit. A block lies in one row, so that rows can
+    be shared out among processes. Everything else stays in 32 bits, for it is a hundredth of the parameters.
+
+    Of a sharded parameter a process moves its own rows. Gradients of the others are summed over the processes.
 
     Args:
         parameters: by kind.
@@ -35,19 +42,24 @@ class Optimizer:
     def __init__(self, parameters: dict[str, list[nn.Parameter]], bits: int = 32, in_backward: bool = False):
         self.kinds = {kind: tensors for kind, tensors in parameters.items() if tensors}
         self.everything = [parameter for tensors in self.kinds.values() for parameter in tensors]
+        self._rows = [_own_rows(parameter) for parameter in self.everything]
+        rows = {id(parameter): rows for parameter, rows in zip(self.everything, self._rows, strict=True)}
         # codes move one by one, each by its own gradient; the others share the loss's steepest moments
         self.clipped = [p for kind, tensors in self.kinds.items() if kind != "codes" for p in tensors]
-        codes = self.kinds.get("codes", [])
+        codes = [rows[id(parameter)] for parameter in self.kinds.get("codes", [])]
         make = _adam8bit if bits == 8 else _adam
         units = [[parameter] for parameter in codes] if in_backward else [codes] if codes else []
         self._codes = [make(unit) for unit in units]
         self._rest = {kind: _adam(tensors) for kind, tensors in self.kinds.items() if kind != "codes"}
         self._all = (*self._codes, *self._rest.values())
         self._owner = {id(p): o for o in self._all for group in o.param_groups for p in group["params"]}
+        for own in self._rows:
+            self._owner[id(own)].state[own] = _new_state(self._owner[id(own)], own)
         self._stepped = [*self._rest.values(), *([] if in_backward else self._codes)]
         if in_backward:
-            for parameter in codes:
-                parameter.register_post_accumulate_grad_hook(self._step_in_backward)
+            for parameter in self.kinds.get("codes", []):
+                step = functools.partial(self._step_in_backward, rows[id(parameter)])
+                parameter.register_post_accumulate_grad_hook(step)
 
     def set_rates(self, rates: dict[str, float]) -> None:
         """Set the learning rate of every kind; before the backward pass."""
@@ -58,33 +70,40 @@ class Optimizer:
 
     def step(self) -> None:
         """Take a step along the gradients, and forget them."""
+        for parameter, own in zip(self.everything, self._rows, strict=True):
+            if own is not parameter:
+                own.grad, parameter.grad = None if parameter.grad is None else parallel.local(parameter.grad), None
+        gradients = [p.grad for p, own in zip(self.everything, self._rows, strict=True) if own is p]
+        parallel.add_up(gradient for gradient in gradients if gradient is not None)
         if self.clipped:
             nn.utils.clip_grad_norm_(self.clipped, 1.0)
         for optimizer in self._stepped:
             optimizer.step()
             optimizer.zero_grad()
 
-    def _step_in_backward(self, parameter: nn.Parameter) -> None:
-        self._owner[id(parameter)].step()
-        parameter.grad = None
+    def _step_in_backward(self, own: nn.Parameter, parameter: nn.Parameter) -> None:
+        own.grad = parallel.local(parameter.grad)
+        self._owner[id(own)].step()
+        own.grad = parameter.grad = None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Values and moments of all parameters, by name; after at least one step."""
+        """Values and moments of all parameters, by name, in their own memory; sharded as the parameters are."""
         found = {}
-        for i, parameter in enumerate(self.everything):
-            found[f"{i}.value"] = parameter.detach()
-            for name, moment in _moments(self._owner[id(parameter)].state[parameter]):
-                found[f"{i}.{name}"] = moment
+        for i, (parameter, own) in enumerate(zip(self.everything, self._rows, strict=True)):
+            tensors = {"value": own.detach(), **_moments(self._owner[id(own)].state[own])}
+            found |= {f"{i}.{name}": parallel.sharded_like(tensor, parameter) for name, tensor in tensors.items()}
         return found
 
-    def load(self, state: dict[str, torch.Tensor], steps: int) -> None:
-        """Take over what `state` gave after so many steps."""
-        for i, parameter in enumerate(self.everything):
-            parameter.data.copy_(state[f"{i}.value"])
-            own = _new_state(self._owner[id(parameter)], parameter, steps)
-            for name, moment in _moments(own):
-                moment.copy_(state[f"{i}.{name}"])
-            self._owner[id(parameter)].state[parameter] = own
+    def set_steps(self, steps: int) -> None:
+        """Go on as after so many steps."""
+        for own in self._rows:
+            self._owner[id(own)].state[own]["step"].fill_(steps)
+
+
+def _own_rows(parameter: nn.Parameter) -> nn.Parameter:
+    """The rows of a sharded parameter that are here, in its memory; any other parameter itself."""
+    rows = parallel.local(parameter)
+    return parameter if rows is parameter else nn.Parameter(rows)
 
 
 def _adam(tensors: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -99,14 +118,15 @@ def _adam8bit(tensors: list[nn.Parameter]) -> torch.optim.Optimizer:
     return Adam8bit(tensors, betas=BETAS, bf16_stochastic_round=True)
 
 
-def _new_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, steps: int) -> dict[str, torch.Tensor]:
-    """An optimizer's state of a parameter after so many steps, moments at 0."""
+def _new_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """An optimizer's state of a parameter before the first step."""
     if isinstance(optimizer, torch.optim.Adam):
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        return {"step": torch.tensor(float(steps), device=parameter.device)} | moments
-    new = optimizer._new_buffer  # torchao makes state only in a step
-    moments = {"exp_avg": new(parameter, True), "exp_avg_sq": new(parameter, False)}
-    return {"step": torch.tensor(float(steps))} | moments
+        return {"step": torch.tensor(0.0, device=parameter.device)} | moments
+    block = math.gcd(MOMENT_BLOCK, parameter[0].numel())
+    signed = {"exp_avg": True, "exp_avg_sq": False}
+    moments = {name: optimizer._subclass_zeros(parameter, sign, block) for name, sign in signed.items()}
+    return {"step": torch.tensor(0.0)} | moments
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -117,15 +137,14 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def _moments(state: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-    """Names and plain tensors of an optimizer's state; a quantized moment has several."""
-    found = []
+def _moments(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Plain tensors of an optimizer's state by name, rows first; a quantized moment has two."""
+    found = {}
     for key, value in state.items():
         if key == "step":
             continue
-        if hasattr(value, "__tensor_flatten__"):
-            names, _ = value.__tensor_flatten__()
-            found += [(f"{key}.{name}", getattr(value, name)) for name in names]
+        if hasattr(value, "codes"):
+            found |= {f"{key}.codes": value.codes, f"{key}.scale": value.scale.view(len(value), -1)}
         else:
-            found.append((key, value))
+            found[key] = value
     return found

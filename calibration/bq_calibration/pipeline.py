@@ -12,7 +12,7 @@ import torch
 from bq_kernels.format import FormatError, QuantConfig
 from rich.progress import Progress
 
-from . import preflight
+from . import parallel, preflight
 from .data import gather_tokens
 from .end_to_end import CURVE, TrainingText, train_end_to_end
 from .errors import UserError, explain_write
@@ -22,9 +22,11 @@ from .logs import log_to
 from .model import SourceModel
 from .model_card import write_model_card
 from .quantize_blocks import BLOCKS, quantize_blocks
-from .recipes import Recipe, quant_config
+from .quantize_embeddings import quantize_embeddings
+from .recipes import Recipe, packed_embeddings, quant_config
 from .report import run_facts, write_report
 from .sensitivity import mixed_bits
+from .store import TensorStore
 from .training_plan import free_memory
 from .training_text import check_training_text, training_rows
 from .workspace import Workspace
@@ -43,7 +45,7 @@ class Calibration:
         resume: go on from an earlier, interrupted run.
         plots: draw pictures of the report into the checkpoint.
         compute_dtype: see `compute.compute_dtypes`.
-        memory_budget: bytes that the run may take; None for most of what is free.
+        memory_budget: bytes that each process may take; None for most of what is free.
         extends: kept work of a run with fewer training tokens.
         keep_work: leave the work in `OUT.work` for a longer run.
 
@@ -65,7 +67,7 @@ class Calibration:
         keep_work: bool = False,
     ):
         self.recipe, self.device, self.plots = recipe, torch.device(device), plots
-        self.memory_budget = memory_budget or free_memory(self.device)
+        self.memory_budget = memory_budget or parallel.from_first(lambda: free_memory(self.device))
         self.workspace, self.keep_work = Workspace(Path(out), resume, extends), keep_work
         self.source = SourceModel(model, self.device, compute_dtype, recipe.unquantized_dtype)
         self.config = self._format()
@@ -76,29 +78,38 @@ class Calibration:
         Raises:
             UserError: naming the problem; finished blocks are kept for a run with `resume`.
         """
-        if not self.workspace.path.exists():  # else an earlier run has checked it, and may have all it needs
+        if parallel.is_first() and not self.workspace.path.exists():  # else an earlier run has checked it
             check_training_text(self.recipe)
-        settings = {"model": str(self.source.folder.resolve()), **self.recipe.to_dict()}
-        settings["compute_dtype"] = self.source.compute.to_dict()
-        settings["source_sha256"] = preflight.source_fingerprint(self.source, progress)
-        settings["data_sha256"] = preflight.data_fingerprint(self.recipe, progress)
+        settings = parallel.from_first(lambda: self._settings(progress))
         plan, work = preflight.plan(self.source, self.config, self.recipe, self.memory_budget), self.workspace
         with work.opened(settings, plan.disk_bytes), log_to(work.log):
             logger.info("%s: %s", self.source.name, settings)
             warn_of_large_files(self.source.folder)
             if not work.resumed and work.extends is None:
-                preflight.check_weights(self.source, progress)
+                parallel.from_first(lambda: preflight.check_weights(self.source, progress))
             tokens = work.tensors("tokens", lambda: {"tokens": gather_tokens(self.source, self.recipe, progress)})
             tokens = self._fitted(tokens["tokens"])
-            preflight.check_activations(self.source, tokens, progress)
+            parallel.from_first(lambda: preflight.check_activations(self.source, tokens, progress))
             report = self._stages(tokens, progress)
             bits, seconds = report["totals"]["bits_per_weight"], report["run"]["wall_seconds"]
-            logger.info("%s: %.3f bits per weight, %.0f s", work.out, bits, seconds)
-        if self.keep_work:
-            work.keep()
-        else:
-            work.remove()
+            whole = report["totals"]["file_bits_per_weight"]
+            logger.info("%s: %.3f bits per weight, %.3f in the whole file, %.0f s", work.out, bits, whole, seconds)
+        if parallel.is_first():
+            if self.keep_work:
+                work.keep()
+            else:
+                work.remove()
         return report
+
+    def _settings(self, progress: Progress) -> dict[str, Any]:
+        """All that must be the same where an interrupted run goes on."""
+        return {
+            "model": str(self.source.folder.resolve()),
+            **self.recipe.to_dict(),
+            "compute_dtype": self.source.compute.to_dict(),
+            "source_sha256": preflight.source_fingerprint(self.source, progress),
+            "data_sha256": preflight.data_fingerprint(self.recipe, progress),
+        }
 
     def dry_run(self, progress: Progress) -> dict[str, Any]:
         """Check all that a run checks before its first block, and estimate what the run would cost; writes nothing.
@@ -109,6 +120,9 @@ class Calibration:
         Raises:
             UserError: naming the problem.
         """
+        return parallel.from_first(lambda: self._dry_run(progress))
+
+    def _dry_run(self, progress: Progress) -> dict[str, Any]:
         check_training_text(self.recipe)
         plan = preflight.plan(self.source, self.config, self.recipe, self.memory_budget)
         self.workspace.check_free(plan.disk_bytes)
@@ -135,19 +149,29 @@ class Calibration:
                 "the data fills %d windows of %d tokens, %d were asked for: %d to round on%s",
                 len(tokens), r.seqlen, asked.windows, r.samples, training,
             )  # fmt: skip
+        if self.recipe.samples < parallel.size():
+            raise UserError(
+                f"{self.recipe.samples} samples for {parallel.size()} processes: raise --samples, or use fewer"
+            )
         return tokens
 
     def _stages(self, tokens: torch.Tensor, progress: Progress) -> dict[str, Any]:
         source, recipe, work = self.source, self.recipe, self.workspace
         if recipe.target_bpw is not None:
             bits = work.json("module_bits", lambda: mixed_bits(source, self.config, recipe, tokens, progress))
-            self.config = dataclasses.replace(self.config, module_bits=bits)
+            self.config = dataclasses.replace(self.config, module_bits=self.config.module_bits | bits)
         blocks = quantize_blocks(source, self.config, recipe, tokens, work, progress)
-        tensors, stages = self._train(tokens, progress)
-        final = work.path / "final"
-        export(source, tensors, self.config, final)
+        trained, stages = self._train(tokens, progress)
+        packed, embeddings = quantize_embeddings(source, self.config, recipe, tokens, trained, work, progress)
         used = tokens.numel() - recipe.held_out * tokens.shape[1] * recipe.trains
-        report = write_report(final, source, self.config, recipe, used, blocks, stages, run_facts(source, work))
+        return parallel.from_first(lambda: self._finish(packed, used, blocks, stages, embeddings))
+
+    def _finish(self, packed: TensorStore, used: int, *parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Write the checkpoint and its report of several parts, and move it to its place."""
+        source, recipe, work = self.source, self.recipe, self.workspace
+        final = work.path / "final"
+        export(source, packed, self.config, final)
+        report = write_report(final, source, self.config, recipe, used, *parts, run_facts(source, work))
         if recipe.train_tokens:
             with explain_write(final):
                 (final / "report").mkdir()
@@ -179,7 +203,9 @@ class Calibration:
     def _format(self) -> QuantConfig:
         """The checkpoint's format, checked against the shapes of the model's layers."""
         block = self.source.empty_block(0)
-        config = quant_config(self.recipe, {group: block.in_features(group) for group in block.groups})
+        embeddings = packed_embeddings(self.recipe, self.source.embedding_names, self.source.name)
+        widths = {group: block.in_features(group) for group in block.groups}
+        config = quant_config(self.recipe, widths, embeddings)
         kept = (*config.modules_to_not_convert, *self.source.other_parts)
         config = dataclasses.replace(config, modules_to_not_convert=kept)
         try:

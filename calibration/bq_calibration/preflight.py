@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bq_kernels.format import QuantConfig
+from bq_kernels.format import HEAD, QuantConfig
 from rich.progress import Progress
 
+from . import parallel
 from .block import TOKENS_PER_BATCH, Block
 from .compute import dtype_name, operations_per_second
 from .errors import UserError, explain
 from .files import carried_files
 from .mix import parse_mix
 from .model import SourceModel
+from .quantize_embeddings import ROWS
 from .recipes import Recipe
 from .rotation import MOST_ROWS
 from .training_plan import PROCESS, training_plan
@@ -102,13 +104,15 @@ class Plan:
 
     Attributes:
         bits_per_weight: of the linear layers, all that is stored counted.
+        file_bits_per_weight: of all tensors over all weights.
         checkpoint_bytes: of all tensors of the checkpoint.
         disk_bytes: free space that the run needs, unfinished work included.
-        memory_bytes: main memory, or memory of the GPU, about.
+        memory_bytes: main memory, or memory of the GPU, about; per process.
         operations: floating-point operations, about.
     """
 
     bits_per_weight: float
+    file_bits_per_weight: float
     checkpoint_bytes: int
     disk_bytes: int
     memory_bytes: int
@@ -129,24 +133,38 @@ def plan(source: SourceModel, config: QuantConfig, recipe: Recipe, memory_budget
     packed = shared = weights = features = 0  # of one block
     for group in block.groups:
         for name, layer in block.linears(group).items():
-            specs = config.tensors(block.prefix + name, layer.in_features, layer.out_features)
-            sizes = {suffix: math.prod(spec.shape) * spec.dtype.itemsize for suffix, spec in specs.items()}
+            sizes = _stored_bytes(config, block.prefix + name, layer.out_features, layer.in_features)
             packed += sum(sizes.values())
             shared += sizes.get("angles", 0) if name != group.layers[0] else 0
             weights += layer.in_features * layer.out_features
             features += layer.in_features + layer.out_features
     linears = {f"{source.block_prefix(i)}{name}.weight" for i in range(count) for name in block.linears()}
     shapes = {name: source.store.shape(name) for name in source.store.names() if name not in linears}
+    embeddings = {name: shapes.pop(f"{name}.weight") for name in source.embedding_names if config.packs(name)}
+    if embeddings and len(source.embedding_names) == 1:
+        shapes.pop(f"{HEAD}.weight", None)
     rest = sum(math.prod(shape) * source.kept_dtype(name).itemsize for name, shape in shapes.items())
+    rest += sum(sum(_stored_bytes(config, name, *shape).values()) for name, shape in embeddings.items())
+    everything = weights * count + sum(map(math.prod, [*shapes.values(), *embeddings.values()]))
     bits = recipe.target_bpw or 8 * (packed - shared) / weights
     checkpoint = int(bits * weights * count / 8) + shared * count + rest
     return Plan(
         bits,
+        8 * checkpoint / everything,
         checkpoint,
         _disk(source, config, recipe, checkpoint, checkpoint - rest, weights * count),
-        _memory(source, recipe, weights, features, memory_budget),
-        _operations(block, recipe, count),
+        max(
+            _memory(source, recipe, weights, features, memory_budget),
+            _embedding_memory(source, recipe, embeddings),
+        ),
+        _operations(block, recipe, count) + _embedding_operations(recipe, weights * count, embeddings),
     )
+
+
+def _stored_bytes(config: QuantConfig, name: str, rows: int, columns: int) -> dict[str, int]:
+    """Bytes of the tensors of a packed layer, by suffix."""
+    specs = config.tensors(name, columns, rows).items()
+    return {suffix: math.prod(spec.shape) * spec.dtype.itemsize for suffix, spec in specs}
 
 
 def _states(source: SourceModel, recipe: Recipe) -> int:
@@ -177,7 +195,7 @@ def _memory(source: SourceModel, recipe: Recipe, weights: int, features: int, bu
     item = source.dtype.itemsize
     widest = max(source.empty_block(0).in_features(group) for group in source.groups)
     corrects = bool(recipe.correction)
-    states = _states(source, recipe) * (1 + bool(recipe.block_tokens or corrects) + corrects)
+    states = _states(source, recipe) * (1 + bool(recipe.block_tokens or corrects) + corrects) // parallel.size()
     layer = (18 if recipe.block_tokens else 10 + item * corrects) * weights
     layer += 40 * widest**2 + TOKENS_PER_BATCH * features * item
     blocks = PROCESS + states + layer
@@ -189,6 +207,18 @@ def _memory(source: SourceModel, recipe: Recipe, weights: int, features: int, bu
     if not recipe.train_tokens:
         return blocks
     return max(blocks, training_plan(source, recipe, budget).memory_bytes)
+
+
+def _embedding_memory(source: SourceModel, recipe: Recipe, embeddings: dict[str, tuple[int, int]]) -> int:
+    """The weight in float32, its codes, and copies of the rows that are rounded at a time."""
+    rounding = [6 * rows * columns + 40 * columns * (columns + ROWS) for rows, columns in embeddings.values()]
+    return PROCESS + max(rounding, default=0) + _states(source, recipe) // parallel.size()
+
+
+def _embedding_operations(recipe: Recipe, weights: int, embeddings: dict[str, tuple[int, int]]) -> float:
+    """A pass through all layers, rounding, refinement."""
+    rounding = sum(4 * columns**2 * rows * (1 + recipe.refine) for rows, columns in embeddings.values())
+    return rounding + (2 * weights * recipe.samples * recipe.seqlen if embeddings else 0)
 
 
 def _operations(block: Block, recipe: Recipe, count: int) -> float:

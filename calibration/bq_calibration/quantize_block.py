@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from bq_kernels.format import QuantConfig
 from bq_kernels.reference import hadamard_angles, rotate
 
-from . import analysis
+from . import analysis, parallel
 from .architecture import InputGroup
-from .block import Block, Original
+from .block import Block, InputStatistics, Original
 from .quantize import Quantized, corrected, output_energy, refine, round_gptq, round_nearest
 from .recipes import Recipe
 from .rotation import MOST_ROWS, ButterflyRotation, RotationProblem, initial_angles, learn_rotation
@@ -26,7 +27,7 @@ def quantize_block(
 
     Args:
         block: its 16-bit weights are replaced.
-        hidden: hidden states in front of it, quantized model, [samples, seqlen, hidden].
+        hidden: hidden states in front of it, quantized model, this process's [samples, seqlen, hidden].
         config: the checkpoint's format.
         recipe: settings of the run.
         original: the 16-bit block with its hidden states; needed where the recipe has a correction.
@@ -40,20 +41,29 @@ def quantize_block(
     tensors: dict[str, torch.Tensor] = {}
     reports = []
     for place, group in enumerate(block.groups):
-        statistics, weight = block.capture(hidden, group, original), block.weight(group)
-        hessian = statistics.hessian
-        if original is not None:
-            weight = corrected(weight, hessian, statistics.drift, recipe.correction)
-        seed = derive_seed(recipe.seed, block.index, place)
-        bits = config.bits_of(block.prefix + group.layers[0])
-        angles, losses = _angles(group, weight, hessian, statistics.sample, bits, config, recipe, seed)
-        quantized, errors = _round_and_compare(group, weight, hessian, angles, bits, config, recipe)
-        tensors |= _stored_tensors(block, group, quantized, angles, config)
+        statistics, seed = block.capture(hidden, group, original), derive_seed(recipe.seed, block.index, place)
+        quantize = functools.partial(_quantize_group, block, group, statistics, config, recipe, seed)
+        found, report = parallel.from_first(quantize)
+        tensors |= found
         block.install(tensors, config, [group])
-        facts = {"block": block.index, "layers": group.name, "in_features": weight.shape[1], "bits": bits}
-        inputs = _input_report(statistics.sample, angles, config.rotation.block(group.layers[0]))
-        reports.append(facts | errors | {"learning_curve": losses} | inputs)
+        reports.append(report)
     return tensors, reports
+
+
+def _quantize_group(
+    block: Block, group: InputGroup, statistics: InputStatistics, config: QuantConfig, recipe: Recipe, seed: int
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The group's part of the checkpoint, and its report."""
+    weight, hessian = block.weight(group), statistics.hessian
+    if statistics.drift is not None:
+        weight = corrected(weight, hessian, statistics.drift, recipe.correction)
+    bits, block_size = config.bits_of(block.prefix + group.layers[0]), config.rotation.block(group.layers[0])
+    angles, losses = find_angles(weight, hessian, statistics.sample, block_size, bits, config, recipe, seed)
+    quantized, errors = _round_and_compare(group, weight, hessian, angles, bits, config, recipe)
+    tensors = _stored_tensors(block, group, quantized, angles, config)
+    facts = {"block": block.index, "layers": group.name, "in_features": weight.shape[1], "bits": bits}
+    outliers = _input_report(statistics.sample, angles, block_size)
+    return tensors, facts | errors | {"learning_curve": losses} | outliers
 
 
 def round_weight(
@@ -76,18 +86,29 @@ def rotated(
     return rotation.forward(weight), rotation.rotate_hessian(hessian)
 
 
-def _angles(
-    group: InputGroup,
+def find_angles(
     weight: torch.Tensor,
     hessian: torch.Tensor,
-    inputs: torch.Tensor,
+    sample: torch.Tensor,
+    block_size: int,
     bits: int,
     config: QuantConfig,
     recipe: Recipe,
     seed: int,
 ) -> tuple[torch.Tensor | None, list[float]]:
-    """Angles of the group's rotation, None without one; and the losses of learning them."""
-    features, block_size = weight.shape[1], config.rotation.block(group.layers[0])
+    """Angles of the rotation in front of a weight, None without one; and the losses of learning them.
+
+    Args:
+        weight: float32 [N, K].
+        hessian: float32 [K, K], mean of x xᵀ.
+        sample: float32 [tokens, K] of the inputs x.
+        block_size: of the rotation.
+        bits: per code.
+        config: the checkpoint's format.
+        recipe: settings of the run.
+        seed: of random angles to start from.
+    """
+    features = weight.shape[1]
     if config.rotation.kind == "none":
         return None, []
     if config.rotation.kind == "hadamard":
@@ -95,7 +116,7 @@ def _angles(
     problem = RotationProblem(
         spread_rows(weight, MOST_ROWS),
         hessian,
-        spread_rows(inputs, MOST_ROWS // 4),
+        spread_rows(sample, MOST_ROWS // 4),
         block_size,
         bits,
         config.group(features),

@@ -10,6 +10,7 @@ import torch
 from bq_kernels.format import QuantConfig
 from rich.progress import Progress
 
+from . import parallel
 from .block import Block, Original
 from .model import SourceModel
 from .quantize_block import quantize_block
@@ -32,6 +33,7 @@ def quantize_blocks(
     """Quantize every layer for the inputs that the quantized ones before it give.
 
     Where layers are trained or corrected, a second stream of hidden states goes through the 16-bit layers: the targets.
+    Each of several processes runs its own samples through the layers; the first one rounds.
 
     Args:
         source: the 16-bit model.
@@ -47,7 +49,8 @@ def quantize_blocks(
     Raises:
         UserError: if inputs hold NaN or infinity, or a file cannot be written.
     """
-    inputs = source.embed(tokens if recipe.block_tokens else tokens[: recipe.samples])
+    used, samples = tokens if recipe.block_tokens else tokens[: recipe.samples], parallel.share(recipe.samples)
+    inputs = source.embed(used[parallel.rank() :: parallel.size()])
     targets = inputs.clone() if recipe.block_tokens or recipe.correction else None
     reports, started, computed = [], time.monotonic(), 0
     task = progress.add_task("calibrating blocks", total=source.num_blocks)
@@ -57,7 +60,7 @@ def quantize_blocks(
             known, original = workspace.has(name), None
             computed += not known
             if recipe.correction and not known:
-                original = Original(block.clone(), targets[: recipe.samples].clone())
+                original = Original(block.clone(), targets[:samples].clone())
             if targets is not None:
                 block.run(targets, out=targets)
             report = workspace.step(
@@ -88,7 +91,8 @@ def _quantize(
     progress: Progress,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and report of one layer; leaves it quantized."""
-    tensors, reports = quantize_block(block, inputs[: recipe.samples], config, recipe, original)
+    samples = parallel.share(recipe.samples)
+    tensors, reports = quantize_block(block, inputs[:samples], config, recipe, original)
     training = None
     if recipe.block_tokens:
         tensors, training = reconstruct(source, config, recipe, block, tensors, inputs, targets, progress)

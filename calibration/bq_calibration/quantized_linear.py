@@ -11,6 +11,7 @@ from bq_kernels.packing import pack, unpack
 from bq_kernels.reference import levels, zero_point
 from torch import nn
 
+from . import parallel
 from .rotation import ButterflyRotation
 
 INIT_MARGIN = 0.45  # how far from its stored code, in steps, a latent code may be when training begins
@@ -165,7 +166,7 @@ class QuantizedLinear(nn.Module):
     def clamp_codes(self) -> None:
         """Keep latent codes where one step back changes the code: half a step beyond the outer codes."""
         if self.codes.is_floating_point():
-            self.codes.clamp_(-0.5, largest_code(self.bits) + 0.5)
+            parallel.local(self.codes).clamp_(-0.5, largest_code(self.bits) + 0.5)
 
     def _scales(self) -> torch.Tensor:
         """Scales in the range that the format allows."""
@@ -173,7 +174,7 @@ class QuantizedLinear(nn.Module):
 
     def stored(self) -> dict[str, torch.Tensor]:
         """Codes, scales and zeros as the checkpoint holds them."""
-        packed = self.codes.detach()
+        packed = parallel.whole(self.codes.detach())
         if packed.is_floating_point():
             packed = pack(packed.round().clamp(0, largest_code(self.bits)).to(torch.uint8).flatten(1), self.bits)
         kept = {"qweight": packed, "scales": self._scales().detach().half()}

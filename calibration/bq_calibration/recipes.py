@@ -10,12 +10,21 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from bq_kernels.format import BITS, ROTATION_KINDS, ZERO_POINTS, FormatError, QuantConfig, RotationConfig
+from bq_kernels.format import (
+    BITS,
+    HEAD,
+    ROTATION_KINDS,
+    ZERO_POINTS,
+    FormatError,
+    QuantConfig,
+    RotationConfig,
+)
 
 from .architecture import InputGroup
 from .errors import UserError
 from .schedule import SCHEDULES
 
+UNPACKED = 16  # bits of an embedding or LM head that stays as it is
 FORMAT, ROTATION, ROUNDING, TRAINING, DATA = "Format", "Rotation", "Rounding", "Training", "Data"  # sections of --help
 
 OPTIMIZER_BITS = (32, 8)
@@ -52,10 +61,19 @@ class Recipe:
     zero_point: str = _setting(
         "midrise", FORMAT, "Levels: symmetric ones without a zero, or a float zero per group.", choices=ZERO_POINTS
     )
+    embedding_bits: int = _setting(
+        UNPACKED, FORMAT, "Bits of the embedding; 16 leaves it unquantized.", choices=(*BITS, UNPACKED)
+    )
+    head_bits: int = _setting(
+        UNPACKED,
+        FORMAT,
+        "Bits of the LM head; where it is tied to the embedding, both have the same.",
+        choices=(*BITS, UNPACKED),
+    )
     unquantized_dtype: str = _setting(
         "auto",
         FORMAT,
-        "Embeddings, norms and LM head: bfloat16 where the source is float32, or as in the source.",
+        "What is not quantized: bfloat16 where the source is float32, or as in the source.",
         choices=("auto", "source"),
     )
     tensor_parallel: int = _setting(
@@ -136,6 +154,10 @@ class Recipe:
     def trains(self) -> bool:
         """Whether blocks or the whole model are trained."""
         return bool(self.block_tokens or self.train_tokens)
+
+    def bits_of_embedding(self, name: str) -> int:
+        """Bits of the embedding or the LM head, by its name."""
+        return self.head_bits if name.endswith(HEAD) else self.embedding_bits
 
     @property
     def windows(self) -> int:
@@ -256,12 +278,33 @@ def make_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def quant_config(recipe: Recipe, widths: dict[InputGroup, int]) -> QuantConfig:
+def packed_embeddings(recipe: Recipe, names: tuple[str, ...], model: str) -> dict[str, int]:
+    """Bits of the embedding and the LM head, by full name, where they are packed.
+
+    Args:
+        recipe: settings of the run.
+        names: full names of those that the model stores: of one, where they are tied.
+        model: its name.
+
+    Raises:
+        UserError: if a tied model is to have two numbers of bits.
+    """
+    if len(names) == 1 and recipe.embedding_bits != recipe.head_bits:
+        raise UserError(
+            f"--embedding-bits {recipe.embedding_bits}, --head-bits {recipe.head_bits}: {model} ties its LM head to "
+            "its embedding, which is stored once; give both the same"
+        )
+    bits = {name: recipe.bits_of_embedding(name) for name in names}
+    return {name: value for name, value in bits.items() if value != UNPACKED}
+
+
+def quant_config(recipe: Recipe, widths: dict[InputGroup, int], embeddings: dict[str, int]) -> QuantConfig:
     """The checkpoint's quantization config, checked against the widths of the model's inputs.
 
     Args:
         recipe: settings of the run.
-        widths: input features of every group of layers.
+        widths: input features of every group of layers; the first group reads the hidden states.
+        embeddings: from `packed_embeddings`.
 
     Raises:
         UserError: if a group or a rotation block does not divide a width, or a tensor-parallel shard of one.
@@ -283,11 +326,14 @@ def quant_config(recipe: Recipe, widths: dict[InputGroup, int]) -> QuantConfig:
                 raise UserError(f"{name} {size} does not divide the {shards[group]} inputs of {group.name}{shard}")
         for layer in group.layers:
             table[layer.rsplit(".", 1)[-1]] = block
+    hidden = next(iter(widths.values()))
+    table |= {name.rpartition(".")[2]: recipe.rotation_block or hidden for name in embeddings}
     sizes = list(table.values())
     default = max(set(sizes), key=sizes.count)
     blocks = {"default": default} | {name: size for name, size in table.items() if size != default}
     try:
         rotation = RotationConfig(recipe.rotation, blocks if recipe.rotation != "none" else {})
-        return QuantConfig(recipe.bits, recipe.group_size, recipe.zero_point, rotation, ("lm_head",))
+        kept = () if recipe.head_bits != UNPACKED else (HEAD,)
+        return QuantConfig(recipe.bits, recipe.group_size, recipe.zero_point, rotation, kept, embeddings)
     except FormatError as error:
         raise UserError(str(error)) from error

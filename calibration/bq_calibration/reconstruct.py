@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from bq_kernels.format import QuantConfig
 from rich.progress import Progress
 
+from . import parallel
 from .block import Block
 from .model import SourceModel
 from .optimizer import Optimizer
@@ -30,11 +31,12 @@ def block_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Relative squared error plus mean 1 − cosine, [..., hidden] each.
 
     A few tokens have outputs hundreds of times as large as the others' and make up the squared error nearly alone; the
-    cosine looks at all tokens alike.
+    cosine looks at all tokens alike. Of several processes each gives its tokens' share: the sum is the loss.
     """
     output, target = output.float(), target.float()
-    squared = (output - target).square().sum() / target.square().sum()
-    return squared + (1 - F.cosine_similarity(output, target, dim=-1)).mean()
+    differences = 1 - F.cosine_similarity(output, target, dim=-1)
+    energy, tokens = parallel.total(torch.stack((target.square().sum(), target.new_tensor(differences.numel()))))
+    return (output - target).square().sum() / energy + differences.sum() / tokens
 
 
 def train_block(
@@ -56,9 +58,9 @@ def train_block(
         config: the checkpoint's format.
         block: left as it is.
         tensors: the block's part of the checkpoint so far.
-        inputs: hidden states that the quantized model sends into the block, [samples, seqlen, hidden].
+        inputs: hidden states that the quantized model sends into the block, this process's [samples, seqlen, hidden].
         targets: hidden states that the 16-bit model gives behind it, so that earlier errors are corrected too.
-        tokens: to train on, TOKENS_PER_STEP per step of the optimizer.
+        tokens: to train on, TOKENS_PER_STEP per step of the optimizer, but at least a sample per process.
         seed: of the order of the samples.
         progress: shows a bar.
         rates: peak Adam learning rates by kind of parameter.
@@ -71,8 +73,8 @@ def train_block(
     trained.module.float().requires_grad_(False)
     trainable.replace_linears(trained, tensors)
     trainable.replace_norms(trained.module, block.prefix)
-    batch = max(1, TOKENS_PER_STEP // inputs.shape[1])
-    steps = -(-tokens // (batch * inputs.shape[1]))
+    batch = max(1, TOKENS_PER_STEP // inputs.shape[1] // parallel.size())
+    steps = -(-tokens // (batch * inputs.shape[1] * parallel.size()))
 
     def step_loss(step: int) -> torch.Tensor:
         rows = batch_of(step, batch, len(inputs), seed)
@@ -80,7 +82,7 @@ def train_block(
             output = trained.forward(inputs[rows].float())
         loss = block_loss(output, targets[rows])
         loss.backward()
-        return loss.detach()
+        return parallel.total(loss)
 
     training = Training(
         optimizer=Optimizer(trainable.parameters()),
@@ -92,7 +94,7 @@ def train_block(
         title=f"block {block.index}",
     )
     losses = training.run(progress).losses
-    return trainable.tensors(), losses
+    return parallel.from_first(trainable.tensors), losses
 
 
 def reconstruct(
@@ -113,17 +115,18 @@ def reconstruct(
         recipe: settings of the run.
         block: with its rounded weights installed.
         tensors: the block's part of the checkpoint so far.
-        inputs: hidden states in front of the block, quantized model; the last `held_out` samples are not trained on.
+        inputs: hidden states in front of the block, quantized model, this process's; the last, `held_out` in all
+            processes together, are not trained on.
         targets: hidden states behind it, 16-bit model.
         progress: shows a bar.
 
     Returns:
         the block's part of the checkpoint, and for the report the losses.
     """
-    count = len(inputs) - recipe.held_out
+    count = parallel.share(recipe.windows - recipe.held_out)
 
     def held_out_loss() -> float:
-        return block_loss(block.run(inputs[count:]), targets[count:]).item()
+        return parallel.total(block_loss(block.run(inputs[count:]), targets[count:])).item()
 
     before = held_out_loss() if recipe.held_out else None
     seed = derive_seed(recipe.seed, block.index)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from bq_kernels.format import QuantConfig
 
+from . import parallel
 from .checkpoint import REPORT, verify
 from .compute import dtype_name
 from .data import dataset_name
@@ -30,6 +31,7 @@ def write_report(
     tokens: int,
     blocks: list[dict[str, Any]],
     stages: list[dict[str, Any]],
+    embeddings: list[dict[str, Any]],
     run: dict[str, Any],
 ) -> dict[str, Any]:
     """Verify a finished checkpoint and write `bq_report.json` into it.
@@ -42,6 +44,7 @@ def write_report(
         tokens: calibration tokens used.
         blocks: per decoder layer, the reports of its input groups and the losses of its reconstruction, or None.
         stages: of end-to-end training, the model as it was rounded first; empty without training.
+        embeddings: of the embedding and the LM head, where they are packed.
         run: time, memory and machine: all that differs from run to run stands here.
 
     Returns:
@@ -62,7 +65,9 @@ def write_report(
         "calibration_tokens": tokens,
         "totals": {
             "bits_per_weight": verified.bits_per_weight(),
+            "file_bits_per_weight": verified.file_bits_per_weight(),
             "stored_bits": verified.stored_bits,
+            "weights": verified.weights,
             "quantized_weights": sum(n * k for n, k in verified.layers.values()),
             "checkpoint_bytes": verified.total_bytes,
             "source_bytes": sum(source.store.nbytes(name) for name in source.store.names()),
@@ -71,6 +76,7 @@ def write_report(
         "inputs": inputs,
         "reconstruction": reconstruction,
         "stages": stages,
+        "embeddings": embeddings,
         "gains": gains(recipe, inputs, reconstruction, stages),
         "run": run,
     }
@@ -79,11 +85,12 @@ def write_report(
 
 
 def run_facts(source: SourceModel, workspace: Workspace) -> dict[str, Any]:
-    """Facts that differ from run to run: time, of interrupted processes too; memory, of the last one; machine."""
+    """Facts that differ from run to run: time, of interrupted runs too; memory, of the last first process; machine."""
     on_gpu = source.device.type == "cuda"
     return {
         "wall_seconds": round(workspace.elapsed(), 1),
         "resumed": workspace.resumed,
+        "processes": parallel.size(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",

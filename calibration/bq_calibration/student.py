@@ -9,6 +9,7 @@ from bq_kernels.format import QuantConfig
 from bq_kernels.reference import angles_of
 from torch import nn
 
+from . import parallel
 from .block import Block
 from .model import SourceModel
 from .quantized_linear import QuantizedLinear, SharedRotation, as_stored
@@ -118,7 +119,7 @@ class Trainable:
 
 
 class Student(Trainable):
-    """The quantized model, whole and trainable.
+    """The quantized model, whole and trainable. Codes that are trained are sharded over the processes.
 
     Args:
         source: the 16-bit model.
@@ -153,8 +154,10 @@ class Student(Trainable):
             self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
         for block in blocks:
             self.replace_linears(block, packed)
+            self._shard(block.module)  # at once, so that one layer's codes are whole at a time
         self.replace_norms(self.decoder, prefix)
         self.decoder.to(source.device).train()
+        self._shard(self.decoder)
         # a tensor of its own, so that an embedding which it is tied to stays float32
         head = {name: source.store.get(source.head_prefix + name) for name in self.head.state_dict()}
         self.head.load_state_dict({name: t.to(source.training_dtype) for name, t in head.items()}, assign=True)
@@ -165,11 +168,21 @@ class Student(Trainable):
             name.endswith(layer + ".weight") for group in self.source.groups for layer in group.layers
         )
 
-    def compile(self, tokens: torch.Tensor) -> None:
-        """Compile every decoder layer, unless that fails or gives other states than the eager layers do.
+    def _shard(self, module: nn.Module) -> None:
+        if self.train_codes and parallel.size() > 1:
+            layers = (layer for layer in module.modules() if isinstance(layer, QuantizedLinear))
+            codes = [] if module is self.decoder else [layer.codes for layer in layers]
+            parallel.shard(module, codes, self.source.device)
+
+    def compile(self, tokens: torch.Tensor) -> bool:
+        """Compile every decoder layer.
 
         Args:
             tokens: int64 [samples, seqlen], to try it on; of the shape of later calls.
+
+        Returns:
+            whether that works and gives the states of the eager layers. If not, a log line says why, and the student
+            is spoilt: where a pass ends in the middle, sharded codes stay gathered.
         """
         with torch.no_grad():
             eager = self.states(tokens)
@@ -183,11 +196,11 @@ class Student(Trainable):
                 raise RuntimeError(f"the compiled layers are off by {error:.1e}")
         except Exception as error:  # whatever a compiler raises: the eager layers are always right
             logger.warning("decoder layers are not compiled: %s", " ".join(str(error).split())[:300])
-            for layer in self.decoder.layers:
-                layer._compiled_call_impl = None
+            return False
         for parameters in self.parameters().values():
             for parameter in parameters:
                 parameter.grad = None
+        return True
 
     def states(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states in front of the LM head, [samples, seqlen, hidden]."""

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from safetensors.torch import load_file
 
+from . import parallel
 from .errors import explain_write
-from .files import write_tensors
 from .optimizer import Optimizer
 from .sampling import derive_seed
 from .schedule import Schedule
+from .training_state import empty_tensors, latest_state, load_state, save_state
 
 SAVE_EVERY = 300.0  # seconds
 SHOW_EVERY = 1.0  # seconds between looks at the loss, which make a GPU wait
+COURSE = ("losses", "held_out_steps", "held_out_divergences")  # tensors of a `Curve`
 
 
 @dataclass
@@ -95,14 +95,15 @@ class Training:
         optimizer: of the trained parameters.
         rates: peak learning rate of every kind of parameter.
         schedule: of the rates.
-        step_loss: computes the loss of a step, a tensor on the device, and its gradients.
+        step_loss: computes the loss of a step, a tensor on the device, and its gradients; of several processes each
+            has its share of the gradients and the whole loss.
         after_step: called after every step of the optimizer.
         seed: of stochastic rounding.
         title: of the progress bar.
         tokens_per_step: for the progress bar; 0 shows no rate.
-        saved: safetensors file that is written every few minutes, and from which the training goes on; None for
+        saved: folder of a state that is written every few minutes, and from which the training goes on; None for
             training too short to be worth it.
-        stable: safetensors file that is written where a `wsd` schedule begins to fall; a longer training starts there.
+        stable: folder of the state where a `wsd` schedule begins to fall; a longer training starts there.
         curve: takes the losses.
         measure: divergence on held-out text; None for none.
         measure_at: steps after which to measure it.
@@ -125,12 +126,11 @@ class Training:
     def run(self, progress: Progress) -> Curve:
         """Train to the end, from where `saved` stands if it is there, to the same bytes."""
         steps = self.schedule.steps
-        for file in (self.saved, self.stable):
-            if file is not None and file.exists():
-                self._restore(file)
-                break
+        states = [latest_state(folder) for folder in (self.saved, self.stable) if folder is not None]
+        if state := next(filter(None, states), None):
+            self._restore(state)
         task = progress.add_task(self.title, total=steps, completed=len(self.curve))
-        last_save = last_look = time.monotonic()
+        last_save = last_look = parallel.clock()
         first = looked = len(self.curve)
         for step in range(first, steps):
             if step == self.schedule.decay_from > first and self.stable is not None:
@@ -138,7 +138,7 @@ class Training:
             self._step(step)
             if step + 1 in self.measure_at and self.measure is not None:
                 self.curve.measured(self.measure())
-            now = time.monotonic()
+            now = parallel.clock()
             if now - last_look >= SHOW_EVERY or step + 1 == steps:
                 self.curve.flush()
                 rate = (step + 1 - looked) * self.tokens_per_step / (now - last_look)
@@ -146,13 +146,14 @@ class Training:
                 looked, last_look = step + 1, now
             if self.saved is not None and now - last_save >= SAVE_EVERY:
                 self._save(self.saved)
-                last_save = time.monotonic()
+                last_save = parallel.clock()
         progress.remove_task(task)
         self.curve.flush()
         return self.curve
 
     def _step(self, step: int) -> None:
-        torch.manual_seed(derive_seed(self.seed, step))  # of stochastic rounding
+        place = step * parallel.size() + parallel.rank()
+        torch.manual_seed(derive_seed(self.seed, place))  # of stochastic rounding
         factor = self.schedule.factor(step)
         self.optimizer.set_rates({kind: rate * factor for kind, rate in self.rates.items()})
         self.curve.add(self.step_loss(step))
@@ -167,13 +168,15 @@ class Training:
             words.append(f"{rate:,.0f} tokens/s")
         return ", ".join(words)
 
-    def _save(self, file: Path) -> None:
-        warm_up = torch.tensor(self.schedule.warm_up, dtype=torch.float64)
-        tensors = self.optimizer.state() | self.curve.state() | {"warm_up": warm_up}
-        write_tensors(file, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    def _save(self, folder: Path) -> None:
+        save_state(folder, len(self.curve), self.optimizer.state() | self.curve.state() | self._warm_up())
 
-    def _restore(self, file: Path) -> None:
-        state = load_file(file)
-        self.curve.restore(state)
-        self.schedule = dataclasses.replace(self.schedule, warm_up=state["warm_up"].item())  # a shorter run's
-        self.optimizer.load(state, len(self.curve))
+    def _restore(self, state: Path) -> None:
+        course, warm_up = empty_tensors(state, COURSE), self._warm_up()
+        load_state(state, self.optimizer.state() | course | warm_up)
+        self.curve.restore(course)
+        self.schedule = dataclasses.replace(self.schedule, warm_up=warm_up["warm_up"].item())  # a shorter run's
+        self.optimizer.set_steps(len(self.curve))
+
+    def _warm_up(self) -> dict[str, torch.Tensor]:
+        return {"warm_up": torch.tensor([self.schedule.warm_up], dtype=torch.float64)}

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from . import parallel
 from .errors import UserError
 from .model import SourceModel
 from .recipes import Recipe
@@ -29,15 +30,17 @@ class TrainingPlan:
 
     Attributes:
         samples_per_step: of the optimizer.
-        micro_batch: samples per pass; gradients of several passes are added up.
+        processes: among which the samples of a step are divided.
+        micro_batch: samples per pass and process; gradients of several passes are added up.
         recompute: whether activations inside decoder layers are computed twice, not kept.
         optimizer_bits: 32 or 8, see `Optimizer`.
         stores_teacher: whether the 16-bit model's states are computed once and kept; else the model is in memory.
         compile: whether decoder layers are compiled.
-        memory_bytes: about what training takes.
+        memory_bytes: about what training takes, per process.
     """
 
     samples_per_step: int
+    processes: int
     micro_batch: int
     recompute: bool
     optimizer_bits: int
@@ -45,15 +48,21 @@ class TrainingPlan:
     compile: bool
     memory_bytes: int
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether a step is one pass."""
+        return self.micro_batch * self.processes >= self.samples_per_step
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as workspace and report hold them."""
         return dataclasses.asdict(self)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a run may take on a device when nobody names a budget."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(SHARE * free)
+    """Bytes that each process may take on its device when nobody names a budget."""
+    if device.type == "cuda":
+        return int(SHARE * torch.cuda.mem_get_info(device)[0])
+    return int(SHARE * psutil.virtual_memory().available / parallel.size())
 
 
 def training_plan(source: SourceModel, recipe: Recipe, budget: int) -> TrainingPlan:
@@ -62,19 +71,26 @@ def training_plan(source: SourceModel, recipe: Recipe, budget: int) -> TrainingP
     Args:
         source: the 16-bit model.
         recipe: settings of the run.
-        budget: bytes.
+        budget: bytes, of each process.
 
     Raises:
-        UserError: if nothing fits.
+        UserError: if nothing fits, or the samples of a step cannot be divided among the processes.
     """
-    per_step, hidden = recipe.samples_per_step, source.text_config.hidden_size
+    per_step, processes = recipe.samples_per_step, parallel.size()
+    if per_step % processes:
+        raise UserError(
+            f"--tokens-per-step {recipe.tokens_per_step}: {per_step} sequences of {recipe.seqlen} tokens cannot be "
+            f"divided among {processes} processes; use a multiple of {processes * recipe.seqlen}"
+        )
+    share, hidden = per_step // processes, source.text_config.hidden_size
     states = recipe.text_samples * recipe.seqlen * hidden * source.dtype.itemsize
     stored = states <= STORED_STATES * budget
     compiled = recipe.compile == "on" or (recipe.compile == "auto" and source.device.type == "cuda")
     least = None
     for recompute in (False, True):
-        for passes in [n for n in range(1, per_step + 1) if per_step % n == 0]:
-            plan = TrainingPlan(per_step, per_step // passes, recompute, recipe.optimizer_bits, stored, compiled, 0)
+        for passes in [n for n in range(1, share + 1) if share % n == 0]:
+            batch = per_step, processes, share // passes
+            plan = TrainingPlan(*batch, recompute, recipe.optimizer_bits, stored, compiled, 0)
             needed = _memory(source, recipe, plan, states)
             least = min(needed, least or needed)
             if needed <= budget:
@@ -95,9 +111,11 @@ def _memory(source: SourceModel, recipe: Recipe, plan: TrainingPlan, states: int
     group = recipe.group_size if recipe.group_size > 0 else source.text_config.hidden_size
     per_weight = PER_GROUP / group
     latent, gradient, moments = CODES[plan.optimizer_bits]
-    one_pass = plan.micro_batch >= plan.samples_per_step
+    gathered = 0
     if recipe.train_codes:
-        per_weight += latent + moments + (0 if one_pass else gradient)
+        per_weight += (latent + moments + (0 if plan.one_pass else gradient)) / plan.processes
+        if plan.processes > 1:  # the codes of a layer at work and the next, gradients before and while they are summed
+            gathered = weights * (2 * latent + gradient + 4)
     else:
         per_weight += recipe.bits / 8
     item = source.training_dtype.itemsize
@@ -111,4 +129,4 @@ def _memory(source: SourceModel, recipe: Recipe, plan: TrainingPlan, states: int
     teacher = 0 if plan.stores_teacher else source.dtype.itemsize * weights * source.num_blocks + table
     logits = LOGITS if source.device.type == "cuda" else LOGITS // 64
     whole = int(per_weight * weights * source.num_blocks) + kept_weights
-    return PROCESS + whole + at_work + activations + table + teacher + logits + states * plan.stores_teacher
+    return PROCESS + whole + gathered + at_work + activations + table + teacher + logits + states * plan.stores_teacher

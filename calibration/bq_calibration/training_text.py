@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from . import data
+from . import data, parallel
 from .errors import UserError, explain_write
 from .files import write_json
 from .mix import EVALUATION, NO_FILTER, SELF, Part, parse_mix
@@ -37,6 +37,7 @@ from .workspace import Workspace
 logger = logging.getLogger(__name__)
 
 FOLDER = "text"  # of the workspace
+ROWS = "rows.int32"  # file in it
 MOST_EPOCHS = 4  # up to so many repetitions are about as good as new text (Muennighoff et al., arXiv 2305.16264)
 _PIECE = 2**20  # tokens after which a part's state is written
 _PREFIX_TOKENS = 8, 64  # of a real text that the model goes on with
@@ -91,15 +92,24 @@ def training_rows(
         UserError: if a part of the mix cannot be read or gives no text.
     """
     data.check_length(source.config, recipe.seqlen, "--seqlen")
+    report = parallel.from_first(lambda: _make_rows(source, recipe, rows, workspace, progress))
+    file, size = str(workspace.path / FOLDER / ROWS), rows * recipe.seqlen
+    tokens = torch.from_file(file, shared=False, size=size, dtype=torch.int32).view(rows, recipe.seqlen)
+    return MixedText(tokens, report)
+
+
+def _make_rows(
+    source: SourceModel, recipe: Recipe, rows: int, workspace: Workspace, progress: Progress
+) -> dict[str, Any]:
+    """Write the rows that are not there yet; the report."""
     parts = parse_mix(recipe.mix)
     owners = interleave([part.weight for part in parts], rows)
-    mixed = _Mix(source, recipe, parts, workspace, progress)
-    # text of the model comes last: it may go on with the other parts' beginnings
-    for index in sorted(range(len(parts)), key=lambda index: parts[index].name == SELF):
-        mixed.fill(index, np.flatnonzero(owners == index))
-    size = rows * recipe.seqlen
-    tokens = torch.from_file(str(mixed.file), shared=False, size=size, dtype=torch.int32).view(rows, recipe.seqlen)
-    return MixedText(tokens, mixed.report(np.bincount(owners, minlength=len(parts)).tolist()))
+    with parallel.alone():
+        mixed = _Mix(source, recipe, parts, workspace, progress)
+        # text of the model comes last: it may go on with the other parts' beginnings
+        for index in sorted(range(len(parts)), key=lambda index: parts[index].name == SELF):
+            mixed.fill(index, np.flatnonzero(owners == index))
+    return mixed.report(np.bincount(owners, minlength=len(parts)).tolist())
 
 
 def interleave(weights: list[float], rows: int) -> np.ndarray:
@@ -123,7 +133,7 @@ class _Mix:
         self._source, self._recipe, self._parts, self._workspace = source, recipe, parts, workspace
         self._progress = progress
         self._folder = workspace.path / FOLDER
-        self.file = self._folder / "rows.int32"
+        self.file = self._folder / ROWS
         self._tokenizer = source.tokenizer()
         self._prefix = data.prefix_of(self._tokenizer)
         self._seeds = [derive_seed(recipe.seed, 1 + index) for index in range(len(parts))]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from . import parallel
 from .errors import UserError, WriteError, explain_write
 from .files import write_json, write_tensors
 
@@ -23,15 +24,16 @@ BEAT = 5.0  # seconds between marks of the clock
 SETTINGS = "settings.json"
 STABLE = "train.stable"  # the state of a training before its learning rates fell
 # of a shorter run: what a longer one does not take over; its text may have fewer samples
-_OWN = (SETTINGS, "lock", "clock.json", "train.state", "training.jsonl", "train", "final")
-_OF_THE_TEXT = ("plan.json", "teacher.safetensors")
+_OWN = (SETTINGS, "lock", "clock.json", "train.state", "training.jsonl", "train", "embeddings", "final")
+_OF_THE_TEXT = ("plan", "teacher.safetensors")
 _MAY_DIFFER = "train_tokens"
 
 
 class Workspace:
     """The unfinished run's folder: `OUT.partial` beside the output folder, or inside it where that is a mount point.
 
-    Every file in it is written whole or not at all. The output folder appears at the very end, complete.
+    Every file in it is written whole or not at all. The output folder appears at the very end, complete. Of several
+    processes the first one writes; the others wait, and read.
 
     Args:
         out: the output folder; a symbolic link stands for its target.
@@ -66,6 +68,12 @@ class Workspace:
             UserError: if the output folder is not empty, another run works on it, an earlier run is unfinished or had
                 other settings, or something cannot be written.
         """
+        with self._opened(settings, needed_bytes) if parallel.is_first() else contextlib.nullcontext():
+            self.resumed = parallel.from_first(lambda: self.resumed)
+            yield
+
+    @contextlib.contextmanager
+    def _opened(self, settings: dict[str, Any], needed_bytes: int) -> Iterator[None]:
         self._check_out()
         try:
             with self._locked():
@@ -146,7 +154,7 @@ class Workspace:
     def _take_over(self, folder: Path, settings: dict[str, Any]) -> None:
         """Begin with the work of a run that has trained on fewer tokens."""
         record = folder / SETTINGS
-        if not record.is_file() or not (folder / STABLE).is_file():
+        if not record.is_file() or not (folder / STABLE).is_dir():
             raise UserError(
                 f"--extend {folder}: expected the work that a run with --schedule wsd --keep-work has left in OUT.work"
             )
@@ -166,7 +174,7 @@ class Workspace:
             for file in (file for file in folder.rglob("*") if file.is_file()):
                 place = file.relative_to(folder)
                 if place.parts[0] not in (*_OWN, *_OF_THE_TEXT):
-                    (self.path / place).parent.mkdir(exist_ok=True)
+                    (self.path / place).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, self.path / place)
 
     # ---- the clock
@@ -202,32 +210,45 @@ class Workspace:
 
     # ---- steps that are computed unless their files are there
 
-    def json(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Data of a step that is kept as NAME.json."""
+    def json(self, name: str, compute: Callable[[], Any], together: bool = False) -> Any:
+        """Data of a step that is kept as NAME.json.
+
+        Args:
+            name: of the step.
+            compute: called by the first process alone.
+            together: every process calls `compute`.
+        """
         file = self._file(name, ".json")
-        if not file.exists():
-            write_json(file, compute())
-        return json.loads(file.read_text())
+        if not self.has(name) and (together or parallel.is_first()):
+            data = compute()
+            if parallel.is_first():
+                write_json(file, data)
+        return parallel.from_first(lambda: json.loads(file.read_text()))
 
     def tensors(self, name: str, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Tensors of a step that are kept as NAME.safetensors."""
+        """Tensors of a step that are kept as NAME.safetensors; the first process computes them."""
         file = self._file(name, ".safetensors")
-        if not file.exists():
+        if parallel.is_first() and not file.exists():
             write_tensors(file, compute())
+        parallel.wait()
         return load_file(file)
 
     def step(self, name: str, compute: Callable[[], tuple[dict[str, torch.Tensor], Any]]) -> Any:
-        """Report of a step whose tensors and report are kept as NAME.safetensors and NAME.json."""
+        """Report of a step whose tensors and report are kept as NAME.safetensors and NAME.json.
+
+        Every process calls `compute`; the first one's results are kept.
+        """
         report = self._file(name, ".json")
         if not self.has(name):
             tensors, data = compute()
-            write_tensors(self._file(name, ".safetensors"), tensors)
-            write_json(report, data)  # last: its presence means done
-        return json.loads(report.read_text())
+            if parallel.is_first():
+                write_tensors(self._file(name, ".safetensors"), tensors)
+                write_json(report, data)  # last: its presence means done
+        return parallel.from_first(lambda: json.loads(report.read_text()))
 
     def has(self, name: str) -> bool:
-        """Whether a step has been computed."""
-        return self._file(name, ".json").exists()
+        """Whether a step has been computed; every process asks."""
+        return parallel.from_first(self._file(name, ".json").exists)
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
         """Tensors of a step that has been computed."""

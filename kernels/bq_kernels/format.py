@@ -20,6 +20,7 @@ ROTATION_KINDS = ("butterfly", "hadamard", "none")
 GROUP_MULTIPLE = 32  # 32 codes fill whole int32 words for 2, 3 and 4 bits alike
 PER_CHANNEL = -1
 ACTIVATION_BITS = (16, 8)  # 16: activations stay as they are
+EMBEDDING, HEAD = "embed_tokens", "lm_head"  # last parts of their names
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # positive float16
 
 
@@ -139,7 +140,8 @@ class QuantConfig:
     """`quantization_config` of config.json (format version 1).
 
     Attributes:
-        module_bits: modules, by full name, that have another number of bits than `bits`; absent where it is empty.
+        module_bits: modules, by full name, that have another number of bits than `bits`; absent where it is empty. The
+            embedding and the LM head are packed only where it names them.
         prefill_activation_bits: bits of the rotated activations with the tokens of a prefill; absent where it is 16.
 
     Raises:
@@ -230,17 +232,21 @@ class QuantConfig:
         """Bits of a code in a module, by its full name."""
         return self.module_bits.get(module, self.bits)
 
+    def packs(self, module: str) -> bool:
+        """Whether the embedding or the LM head of that full name is packed: where `module_bits` names it."""
+        return module in self.module_bits and not self.skips(module)
+
     def group(self, in_features: int) -> int:
         """Columns that share a scale in a layer with `in_features` inputs."""
         return in_features if self.group_size == PER_CHANNEL else self.group_size
 
     def tensors(self, module: str, in_features: int, out_features: int) -> dict[str, TensorSpec]:
-        """The tensors that a quantized linear layer stores, by suffix.
+        """The tensors that a quantized linear layer stores, by suffix; of an embedding or LM head too.
 
         Args:
             module: full name of the layer; it selects the bits, its last part the rotation block size.
-            in_features: K, columns of the weight.
-            out_features: N, rows of the weight.
+            in_features: K, columns of the weight; features of an embedding.
+            out_features: N, rows of the weight; tokens of an embedding.
 
         Raises:
             FormatError: if the group or the rotation block does not divide K.

@@ -1,4 +1,4 @@
-"""The rotation and the packed linear as `torch.library` operators; the device selects the implementation.
+"""Rotation, packed linear and packed embedding as `torch.library` operators; the device selects the implementation.
 
 On CUDA and ROCm tensors the operators run the Triton kernels. On CPU tensors they run the torch reference, unless
 TRITON_INTERPRET=1 asks Triton to interpret its kernels on the CPU. Operators are opaque to torch.compile and safe
@@ -12,13 +12,22 @@ import os
 import torch
 
 from . import reference
-from .tiles import tiled_linear
+from .tiles import norm_linear as tiled_norm_linear
+from .tiles import tiled_embedding, tiled_linear
 
+_LAYER = (
+    "Tensor tiles, Tensor scales, Tensor? zeros, Tensor? bias, SymInt out_features, Tensor? cos_sin, Tensor? mix, "
+    "int activation_bits=16"
+)
 _LIBRARY = torch.library.Library("bq", "DEF")
 _LIBRARY.define("rotate(Tensor x, Tensor cos_sin, Tensor mix) -> Tensor")
+_LIBRARY.define(f"packed_linear(Tensor x, {_LAYER}) -> Tensor")
 _LIBRARY.define(
-    "packed_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? zeros, Tensor? bias, SymInt out_features, "
-    "Tensor? cos_sin, Tensor? mix, int activation_bits=16) -> Tensor"
+    f"norm_linear(Tensor x, Tensor? residual, Tensor norm_weight, float epsilon, {_LAYER}) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "packed_embedding(Tensor ids, Tensor tiles, Tensor scales, Tensor? zeros, SymInt in_features, ScalarType dtype, "
+    "Tensor? cos_sin, Tensor? mix) -> Tensor"
 )
 
 
@@ -42,6 +51,22 @@ def _packed_linear_triton(
     return packed_linear(x, *layer, activation_bits=activation_bits)
 
 
+def _norm_linear_triton(
+    x, residual, norm_weight, epsilon, tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits=16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .triton_linear import norm_linear
+
+    layer = (tiles, scales, zeros, bias, out_features, cos_sin, mix)
+    y, total = norm_linear(x, residual, norm_weight, epsilon, *layer, activation_bits=activation_bits)
+    return y, x.new_empty(0) if total is None else total
+
+
+def _packed_embedding_triton(ids, *arguments) -> torch.Tensor:
+    from .triton_embedding import packed_embedding
+
+    return packed_embedding(ids, *arguments)
+
+
 def _interpret(kernel, x: torch.Tensor, *tables) -> torch.Tensor:
     # Triton's interpreter multiplies the bit patterns of bfloat16
     return kernel(x.float() if x.dtype == torch.bfloat16 else x, *tables).to(x.dtype)
@@ -59,10 +84,29 @@ def _packed_linear_cpu(x, *tensors) -> torch.Tensor:
     return tiled_linear(x, *tensors)
 
 
+def _norm_linear_cpu(x, *tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    if interpreted():
+        exact = x.float() if x.dtype == torch.bfloat16 else x  # see _interpret
+        return tuple(t.to(x.dtype) for t in _norm_linear_triton(exact, *tensors))
+    y, total = tiled_norm_linear(x, *tensors)
+    return y, x.new_empty(0) if total is None else total
+
+
+def _packed_embedding_cpu(ids, tiles, scales, zeros, in_features, dtype, cos_sin, mix) -> torch.Tensor:
+    if interpreted():
+        wide = torch.float32 if dtype == torch.bfloat16 else dtype  # as in `_interpret`
+        return _packed_embedding_triton(ids, tiles, scales, zeros, in_features, wide, cos_sin, mix).to(dtype)
+    return tiled_embedding(ids, tiles, scales, zeros, in_features, dtype, cos_sin, mix)
+
+
 _LIBRARY.impl("rotate", _rotate_cpu, "CPU")
 _LIBRARY.impl("rotate", _rotate_triton, "CUDA")
 _LIBRARY.impl("packed_linear", _packed_linear_cpu, "CPU")
 _LIBRARY.impl("packed_linear", _packed_linear_triton, "CUDA")
+_LIBRARY.impl("norm_linear", _norm_linear_cpu, "CPU")
+_LIBRARY.impl("norm_linear", _norm_linear_triton, "CUDA")
+_LIBRARY.impl("packed_embedding", _packed_embedding_cpu, "CPU")
+_LIBRARY.impl("packed_embedding", _packed_embedding_triton, "CUDA")
 
 
 @torch.library.register_fake("bq::rotate")
@@ -73,6 +117,17 @@ def _(x, cos_sin, mix):
 @torch.library.register_fake("bq::packed_linear")
 def _(x, tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits=16):
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("bq::norm_linear")
+def _(x, residual, norm_weight, epsilon, tiles, scales, zeros, bias, out_features, *rotation):
+    total = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(*x.shape[:-1], out_features), total
+
+
+@torch.library.register_fake("bq::packed_embedding")
+def _(ids, tiles, scales, zeros, in_features, dtype, cos_sin, mix):
+    return ids.new_empty(*ids.shape, in_features, dtype=dtype)
 
 
 def rotate(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
@@ -93,3 +148,37 @@ def packed_linear(
 ) -> torch.Tensor:
     """W′ (Q x) + bias from weights repacked by `tiles.tile`; arguments as `tiles.tiled_linear`. Inference only."""
     return torch.ops.bq.packed_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits)
+
+
+def norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    epsilon: float,
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+    activation_bits: int = 16,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The packed linear behind an RMSNorm; arguments and results as `tiles.norm_linear`. Inference only."""
+    layer = (tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits)
+    y, total = torch.ops.bq.norm_linear(x, residual, norm_weight, epsilon, *layer)
+    return y, None if residual is None else total
+
+
+def packed_embedding(
+    ids: torch.Tensor,
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    in_features: int,
+    dtype: torch.dtype,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows of W′ Q from weights repacked by `tiles.tile`; arguments as `tiles.tiled_embedding`. Inference only."""
+    return torch.ops.bq.packed_embedding(ids, tiles, scales, zeros, in_features, dtype, cos_sin, mix)

@@ -1,6 +1,7 @@
-"""Weights of a packed linear layer, prepared once after loading, and the product with them.
+"""Weights of a packed layer, prepared once after loading; the product with them, and the look-up of their rows.
 
-transformers and vLLM both load layers in the checkpoint's layout and multiply through this file.
+transformers and vLLM both load layers in the checkpoint's layout and compute through this file. One layout serves both:
+an embedding that is tied to the LM head is in memory once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .tiles import tile, unit_of
 
 
 class PreparedWeights(NamedTuple):
-    """Tensors that the product of one linear layer reads; None where the layer has none.
+    """Tensors of one linear layer, embedding or LM head; None where it has none.
 
     Attributes:
         qweight: int32, tiles [⌈N/64⌉, ⌈K/128⌉, 256·bits] or the checkpoint's words [N, K·bits/32].
@@ -89,3 +90,22 @@ def prepared_linear(
     if cos_sin is not None:
         x = reference.apply_rotation(x, cos_sin, mix)
     return reference.packed_linear(x, qweight, scales, zeros, bias)
+
+
+def prepared_embedding(
+    ids: torch.Tensor, weights: PreparedWeights, in_features: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of W′ Q, looked up by token: an operator of `ops` for tiles, else plain torch.
+
+    Args:
+        ids: integers [...], rows of the weight.
+        weights: from `prepare_weights`.
+        in_features: K.
+        dtype: of the result.
+
+    Returns:
+        [..., K] in `dtype`.
+    """
+    look_up = ops.packed_embedding if weights.qweight.dim() == 3 else reference.packed_embedding
+    qweight, scales, zeros, cos_sin, mix = weights
+    return look_up(ids, qweight, scales, zeros, in_features, dtype, cos_sin, mix)

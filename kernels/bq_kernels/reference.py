@@ -134,6 +134,27 @@ def unrotate(x: torch.Tensor, angles: torch.Tensor, block_size: int) -> torch.Te
     return undo_rotation(x, *givens_tables(angles, block_size))
 
 
+def rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """RMSNorm (arXiv 1910.07467) of x + residual, with the roundings of vLLM's own; float32 in between.
+
+        t = x + residual,  h = γ · t / √(mean t² + ε)
+
+    Args:
+        x: [..., n], any float dtype.
+        residual: the same shape, or None.
+        weight: γ [n]; t / rms is rounded to its dtype before the product. Gemma's is 1 + the stored one, in float32.
+        epsilon: ε.
+
+    Returns:
+        h and t, each in the dtype of `x`; t is None without a residual. The mean is that of t before it is rounded.
+    """
+    total = x.float() if residual is None else x.float() + residual.float()
+    h = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (h.to(weight.dtype) * weight).to(x.dtype), None if residual is None else total.to(x.dtype)
+
+
 def layout_of(qweight: torch.Tensor, scales: torch.Tensor, in_features: int) -> tuple[int, int]:
     """Bits and group size that the shapes of a packed layer imply.
 
@@ -162,14 +183,14 @@ def zero_point(zeros: torch.Tensor | None, bits: int) -> torch.Tensor | float:
 
 
 def levels(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
-    """s·(q − z) in float32 for codes [N, groups, group], scales and zeros [N, groups]; None: mid-rise."""
+    """s·(q − z) in float32 for codes [..., N, groups, group], scales and zeros [..., N, groups]; None: mid-rise."""
     return scales.float().unsqueeze(-1) * (codes - zero_point(zeros, bits))
 
 
 def dequantize(
     qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, in_features: int
 ) -> torch.Tensor:
-    """W′ = s·(q − z) in float32 [N, K]; mid-rise levels where `zeros` is None."""
+    """W′ = s·(q − z) in float32 [..., N, K]; mid-rise levels where `zeros` is None."""
     bits, group = layout_of(qweight, scales, in_features)
     return levels(unpack(qweight, bits).float().unflatten(-1, (-1, group)), scales, zeros, bits).flatten(-2)
 
@@ -195,6 +216,38 @@ def packed_linear(
     """
     weight = dequantize(qweight, scales, zeros, x.shape[-1])
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def packed_embedding(
+    ids: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    in_features: int,
+    dtype: torch.dtype,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows of W = W′ Q, looked up by token; only they are dequantized, and rotated back.
+
+    Args:
+        ids: integers [...], rows of the weight.
+        qweight: int32 [N, K·bits/32].
+        scales: float16 [N, K/group].
+        zeros: float16 [N, K/group], or None for mid-rise levels.
+        in_features: K.
+        dtype: of the result; everything before it is float32.
+        cos_sin, mix: tables of Q from `givens_tables`; None without a rotation.
+
+    Returns:
+        [..., K] in `dtype`, rounded once.
+
+    Raises:
+        IndexError: if an id is not a row.
+    """
+    rows = [None if stored is None else stored[ids] for stored in (qweight, scales, zeros)]
+    weight = dequantize(*rows, in_features)
+    return (weight if cos_sin is None else undo_rotation(weight, cos_sin, mix)).to(dtype)
 
 
 def dense_weight(

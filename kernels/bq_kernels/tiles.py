@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .activations import from_int8, rotate_to_int8, rounds_activations
 from .format import largest_code
 from .packing import pack, unpack
-from .reference import apply_rotation, layout_of, levels, undo_rotation
+from .reference import apply_rotation, layout_of, levels, rms_norm, undo_rotation
 
 TILE_N, TILE_K = 64, 128  # outputs and inputs of a tile
 FIELDS = {2: (2,), 3: (2, 1), 4: (4,)}  # widths of the fields in which a code is stored, low bits first
@@ -136,6 +136,41 @@ def dequantize(
     return (weight if cos_sin is None else undo_rotation(weight, cos_sin, mix)).to(dtype)
 
 
+def tiled_embedding(
+    ids: torch.Tensor,
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    in_features: int,
+    dtype: torch.dtype,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows of a tiled W′ Q, looked up by token, in plain torch: the kernel is tested against it.
+
+    Args:
+        ids: integers [...], rows of the weight.
+        tiles, scales, zeros: from `tile`; the rows that fill the last tile are 0.
+        in_features: K.
+        dtype: of the result; everything before it is float32.
+        cos_sin, mix: tables of Q from `reference.givens_tables`; None without a rotation.
+
+    Returns:
+        [..., K] in `dtype`, rounded once.
+
+    Raises:
+        IndexError: if an id is not a row.
+    """
+    flat = ids.flatten()
+    wanted, tile_of = (flat // TILE_N).unique(return_inverse=True)
+    codes = untile_codes(tiles[wanted], in_features, len(wanted) * TILE_N)
+    codes = codes[tile_of * TILE_N + flat % TILE_N].unflatten(-1, (scales.shape[0], -1))
+    scales, zeros = (None if t is None else t.T[flat] for t in (scales, zeros))
+    weight = levels(codes, scales, zeros, tile_bits(tiles)).flatten(-2)
+    weight = weight if cos_sin is None else undo_rotation(weight, cos_sin, mix)
+    return weight.to(dtype).contiguous().view(*ids.shape, in_features)
+
+
 def int8_linear(
     x: torch.Tensor,
     x_scales: torch.Tensor,
@@ -196,3 +231,26 @@ def tiled_linear(
         x = apply_rotation(x, cos_sin, mix)
     weight = dequantize(tiles, scales, zeros, x.shape[-1], out_features, torch.float32)
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    epsilon: float,
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+    activation_bits: int = 16,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The packed linear behind an RMSNorm: `tiled_linear` of `reference.rms_norm`, which say what the arguments are.
+
+    Returns:
+        y [..., N], and the sum of x and the residual, None without one; both in the dtype of `x`.
+    """
+    h, total = rms_norm(x, residual, norm_weight, epsilon)
+    return tiled_linear(h, tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits), total

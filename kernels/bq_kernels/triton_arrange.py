@@ -1,5 +1,7 @@
 """Rotates x and arranges it for the decode kernel on mma.sync, in one launch (operands.py says how, in plain torch).
 
+With an RMSNorm in front, it normalizes x first (triton_norm.py), a row per program then.
+
 That kernel asks for its weights while this one runs. Tables of the rotation are read before the wait for the kernel in
 front, on which they do not depend.
 """
@@ -16,6 +18,7 @@ from .operands import EXPONENT as _EXPONENT
 from .operands import LARGEST_EXPONENT as _LARGEST_EXPONENT
 from .operands import ROWS_PER_MMA
 from .tiles import TILE_K as _TILE_K
+from .triton_norm import NO_NORM, Norm, normalize
 from .triton_rotate import rotate_pairs
 
 TILE_K = tl.constexpr(_TILE_K)
@@ -46,6 +49,10 @@ def _place(column, BITS: tl.constexpr):
 @triton.jit
 def _arrange_kernel(
     x_ptr,
+    residual_ptr,  # or None
+    norm_weight_ptr,  # None: x is not normalized; else BLOCK_M is 1
+    total_ptr,
+    epsilon,
     cos_sin_ptr,  # None: x is already rotated
     out_ptr,
     sums_ptr,
@@ -80,7 +87,12 @@ def _arrange_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    x = tl.load(x_ptr + offs_m * stride_xm + offs_k, mask=(offs_m < M) & (offs_k < K), other=0.0).to(tl.float32)
+    if norm_weight_ptr is not None:
+        columns = start_k + tl.arange(0, WIDTH)
+        pointers = x_ptr, residual_ptr, norm_weight_ptr, total_ptr
+        x = normalize(*pointers, epsilon, tl.program_id(1) * K, columns, columns < K, K, True)[None, :]
+    else:
+        x = tl.load(x_ptr + offs_m * stride_xm + offs_k, mask=(offs_m < M) & (offs_k < K), other=0.0).to(tl.float32)
     if cos_sin_ptr is not None:
         for j in tl.static_range(LOG_ROTATION_BLOCK):
             x = rotate_pairs(x, tables[2 * j], tables[2 * j + 1], 1 << j)
@@ -111,7 +123,9 @@ def fuses(cos_sin: torch.Tensor, mix: torch.Tensor) -> bool:
     return mix.shape[-1] == 1 and 1 < 1 << cos_sin.shape[2] <= WIDEST_BLOCK
 
 
-def launch_config(rows: int, bits: int, unit: int, rotation_block: int, exact: bool) -> dict[str, int]:
+def launch_config(
+    rows: int, bits: int, unit: int, rotation_block: int, exact: bool, normalizes: bool
+) -> dict[str, int]:
     """Compile-time arguments and compiler options of the kernel.
 
     Args:
@@ -120,8 +134,9 @@ def launch_config(rows: int, bits: int, unit: int, rotation_block: int, exact: b
         unit: columns that share a scale and a sum, 32, 64 or 128.
         rotation_block: block size of the rotation, a power of two up to WIDEST_BLOCK; 1 for none.
         exact: whether codes are centred before the product (operands.py).
+        normalizes: whether x is normalized first: programs are wide then, since each of them reads the whole row.
     """
-    width = max(_TILE_K, rotation_block)
+    width = max(_TILE_K, rotation_block, TILE_ELEMENTS if normalizes else 0)
     block_m = max(min(triton.next_power_of_2(rows), TILE_ELEMENTS // width), 1)
     return {
         "BITS": bits,
@@ -136,7 +151,13 @@ def launch_config(rows: int, bits: int, unit: int, rotation_block: int, exact: b
 
 
 def rotate_and_arrange(
-    x: torch.Tensor, cos_sin: torch.Tensor | None, bits: int, unit: int, exact: bool, gpu: Gpu
+    x: torch.Tensor,
+    cos_sin: torch.Tensor | None,
+    bits: int,
+    unit: int,
+    exact: bool,
+    gpu: Gpu,
+    norm: Norm = NO_NORM,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Q x as the decode kernel on mma.sync reads it; float32 inside, rounded once.
 
@@ -145,17 +166,18 @@ def rotate_and_arrange(
         cos_sin: float32 [B, 2, k, b/2] of a rotation that `fuses`; None where x is already rotated.
         bits, unit, exact: as in `operands.arrange`.
         gpu: that of x.
+        norm: applied to x before that; x is contiguous then.
 
     Returns:
         operands and sums of `operands.arrange`; rows of the sums past M are not written.
     """
     rows, in_features = x.shape
     k_tiles = triton.cdiv(in_features, _TILE_K)
-    config = launch_config(rows, bits, unit, 1 if cos_sin is None else 1 << cos_sin.shape[2], exact)
+    rotation_block = 1 if cos_sin is None else 1 << cos_sin.shape[2]
+    config = launch_config(rows, bits, unit, rotation_block, exact, norm.weight is not None)
     operands = x.new_empty(rows, k_tiles * _TILE_K, dtype=torch.float16)
     sums = x.new_empty(k_tiles * _TILE_K // unit, config["SUM_ROWS"], 2, dtype=torch.float32)
     grid = triton.cdiv(in_features, config["WIDTH"]), triton.cdiv(rows, config["BLOCK_M"])
-    _arrange_kernel[grid](
-        x, cos_sin, operands, sums, rows, x.stride(0), in_features, k_tiles, **config, PDL=gpu.pdl, **gpu.options
-    )
+    arguments = x, *norm, cos_sin, operands, sums, rows, x.stride(0), in_features, k_tiles
+    _arrange_kernel[grid](*arguments, **config, PDL=gpu.pdl, **gpu.options)
     return operands, sums

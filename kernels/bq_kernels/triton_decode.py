@@ -13,6 +13,7 @@ import triton.language as tl
 
 from . import tiles
 from .tiles import unit_of
+from .triton_norm import normalize
 from .triton_rotate import butterfly
 from .triton_unpack import (
     TILE_K,
@@ -92,6 +93,7 @@ def _split_columns(x, LOG_PARTS: tl.constexpr):
 @triton.jit
 def _load_x_slice(
     x_ptr,
+    norm,
     cos_sin_ptr,
     M,
     stride_xm,
@@ -103,10 +105,18 @@ def _load_x_slice(
     SLICE: tl.constexpr,
     LOG_UNITS: tl.constexpr,
 ):
-    """Columns start_k … start_k + SLICE of x, rotated unless `cos_sin_ptr` is None, as one tensor per unit."""
-    offs_m = tl.arange(0, 1 if SINGLE_ROW else BLOCK_M)[:, None]
-    offs_k = start_k + tl.arange(0, SLICE)[None, :]
-    x_slice = tl.load(x_ptr + offs_m * stride_xm + offs_k, mask=(offs_m < M) & (offs_k < K), other=0.0)
+    """Columns start_k … start_k + SLICE of x, rotated unless `cos_sin_ptr` is None, as one tensor per unit.
+
+    norm: pointers to residual, γ and the sum to write, and ε; where that of γ is not None, the row is normalized first.
+    """
+    if norm[1] is not None:
+        offs_k = start_k + tl.arange(0, SLICE)
+        writes = tl.program_id(1) == 0  # of the programs that hold these columns
+        x_slice = normalize(x_ptr, *norm, 0, offs_k, offs_k < K, K, writes)[None, :]
+    else:
+        offs_m = tl.arange(0, 1 if SINGLE_ROW else BLOCK_M)[:, None]
+        offs_k = start_k + tl.arange(0, SLICE)[None, :]
+        x_slice = tl.load(x_ptr + offs_m * stride_xm + offs_k, mask=(offs_m < M) & (offs_k < K), other=0.0)
     if cos_sin_ptr is not None:
         table_ptr = cos_sin_ptr + start_k * LOG_ROTATION_BLOCK
         rotated = butterfly(
@@ -160,6 +170,7 @@ def _multiply_tiles(
 
 @triton.jit
 def _reduce_slices(
+    counter_ptr,
     partial_ptr,
     bias_ptr,
     out_ptr,
@@ -172,19 +183,25 @@ def _reduce_slices(
     PADDED_SLICES: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add up the partial sums of all slices for outputs n_begin … n_end, always in the same order, and store them."""
-    offs_slice = tl.arange(0, PADDED_SLICES)[:, None]
-    for m in range(M):
-        for start_n in range(n_begin, n_end, BLOCK_N):
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            mask_n = offs_n < tl.minimum(n_end, N)
-            partial_ptrs = partial_ptr + (offs_slice * M + m) * stride_pm + offs_n[None, :]
-            mask = (offs_slice < SLICES) & mask_n[None, :]
-            # .cg: past the first-level cache, which does not see what other programs wrote
-            total = tl.sum(tl.load(partial_ptrs, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
-            if bias_ptr is not None:
-                total += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-            tl.store(out_ptr + m * N + offs_n, total.to(out_ptr.dtype.element_ty), mask=mask_n)
+    """In the last program to finish: add up partial sums of outputs n_begin … n_end, in the same order, and store them.
+
+    Programs of the same outputs share the counter. The barrier lets one thread's release cover the stores of all.
+    """
+    tl.debug_barrier()
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == SLICES - 1:
+        tl.store(counter_ptr, 0)  # ready for the next launch
+        offs_slice = tl.arange(0, PADDED_SLICES)[:, None]
+        for m in range(M):
+            for start_n in range(n_begin, n_end, BLOCK_N):
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                mask_n = offs_n < tl.minimum(n_end, N)
+                partial_ptrs = partial_ptr + (offs_slice * M + m) * stride_pm + offs_n[None, :]
+                mask = (offs_slice < SLICES) & mask_n[None, :]
+                # .cg: past the first-level cache, which does not see what other programs wrote
+                total = tl.sum(tl.load(partial_ptrs, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
+                if bias_ptr is not None:
+                    total += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+                tl.store(out_ptr + m * N + offs_n, total.to(out_ptr.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
@@ -203,6 +220,10 @@ def _decode_kernel(
     K,
     N,
     tiles_per_program,
+    residual_ptr,  # or None
+    norm_weight_ptr,  # None: x is not normalized; else M is 1, and the program rotates it
+    total_ptr,
+    epsilon,
     BITS: tl.constexpr,
     UNIT: tl.constexpr,  # columns per tl.dot; they share a scale
     UNITS_PER_GROUP: tl.constexpr,
@@ -232,8 +253,9 @@ def _decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
+    norm = residual_ptr, norm_weight_ptr, total_ptr, epsilon
     x_slice = _load_x_slice(
-        x_ptr, cos_sin_ptr, M, stride_xm, K, start_k, LOG_ROTATION_BLOCK, SINGLE_ROW, BLOCK_M, SLICE, LOG_UNITS
+        x_ptr, norm, cos_sin_ptr, M, stride_xm, K, start_k, LOG_ROTATION_BLOCK, SINGLE_ROW, BLOCK_M, SLICE, LOG_UNITS
     )
     x_sums = ()
     if FLOAT_ZEROS:
@@ -261,13 +283,8 @@ def _decode_kernel(
             tl.store(partial_ptrs, acc, mask=(offs_m < M)[None, :])
 
     if SLICES > 1:
-        # The last program to finish reduces. The barrier lets one thread's release cover the stores of all threads.
-        tl.debug_barrier()
-        finished = tl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel")
-        if finished == SLICES - 1:
-            tl.store(counters_ptr + pid_n, 0)  # ready for the next launch
-            n_range = n_begin * TILE_N, n_end * TILE_N
-            _reduce_slices(partial_ptr, bias_ptr, out_ptr, *n_range, M, N, stride_sg, SLICES, PADDED_SLICES, REDUCE_N)
+        sums = partial_ptr, bias_ptr, out_ptr, n_begin * TILE_N, n_end * TILE_N, M, N, stride_sg
+        _reduce_slices(counters_ptr + pid_n, *sums, SLICES, PADDED_SLICES, REDUCE_N)
 
 
 THREADS = 128

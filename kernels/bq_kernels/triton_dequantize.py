@@ -40,6 +40,7 @@ def _dequantize_kernel(
     out_ptr,
     K,
     N,
+    stride_sg,  # of scales and zeros, from group to group
     BITS: tl.constexpr,
     UNIT: tl.constexpr,  # columns that share a scale in a tile
     UNITS_PER_GROUP: tl.constexpr,
@@ -49,7 +50,6 @@ def _dequantize_kernel(
     UNITS: tl.constexpr = TILE_K // UNIT
     BLOCK_SIZE: tl.constexpr = 1 << LAYERS
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    stride_sg = tl.cdiv(N, TILE_N) * TILE_N
     pid_k = tl.program_id(0)
     pid_n = tl.program_id(1).to(tl.int64)
     offs_n = pid_n * TILE_N + tl.arange(0, TILE_N)
@@ -87,6 +87,7 @@ def _dequantize_rows_kernel(
     out_ptr,
     K,
     N,
+    stride_sg,  # of scales and zeros, from group to group
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     LAYERS: tl.constexpr,  # k of the rotation
@@ -96,9 +97,9 @@ def _dequantize_rows_kernel(
     PDL: tl.constexpr,
 ):
     BLOCK_SIZE: tl.constexpr = RUNS << LAYERS
-    stride_sg = tl.cdiv(N, TILE_N) * TILE_N
-    pid_block = tl.program_id(0)
-    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    pid_block = tl.program_id(1)
+    # the first axis of the grid: others end at 65,535, and a vocabulary has more rows
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     position = tl.arange(0, WIDTH)[None, :]
     offs_k = pid_block * BLOCK_SIZE + position
     mask = (position < BLOCK_SIZE) & (offs_n < N)
@@ -143,7 +144,7 @@ def dequantize(
     group_size = in_features // scales.shape[0]
     out = torch.empty(out_features, in_features, dtype=dtype, device=tiles.device)
     gpu, bits = gpu_of(tiles), tile_bits(tiles)
-    packed, sizes = (tiles, scales, zeros), (in_features, out_features)
+    packed, sizes = (tiles, scales, zeros), (in_features, out_features, scales.stride(0))
     with torch.cuda.device_of(tiles):  # Triton launches on the current device
         if cos_sin is None or fits_tile(cos_sin, mix):
             unit, layers = unit_of(group_size), 0 if cos_sin is None else cos_sin.shape[2]
@@ -163,7 +164,7 @@ def dequantize(
         else:
             blocks, _, layers, _ = cos_sin.shape
             config = single_pass_config(out_features, mix.shape[-1] << layers)
-            _dequantize_rows_kernel[blocks, triton.cdiv(out_features, config["BLOCK_M"])](
+            _dequantize_rows_kernel[triton.cdiv(out_features, config["BLOCK_M"]), blocks](
                 *packed,
                 cos_sin.contiguous(),
                 mix.contiguous(),

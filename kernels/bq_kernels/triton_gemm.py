@@ -14,6 +14,7 @@ from .triton_unpack import (
     load_words,
     midrise,
     operands,
+    rows_of_tiles,
     split_words,
 )
 
@@ -45,15 +46,9 @@ def _gemm_kernel(
     PAIRS: tl.constexpr = UNIT // 8
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     pid_n, pid_m, pid_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n_tiles = tl.cdiv(N, TILE_N)
     k_tiles = tl.cdiv(K, TILE_K)
-    stride_sg = n_tiles * TILE_N  # of scales and zeros, from group to group
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
+    tile_ptr, stride_tn, mask_tiles, offs_n, mask_n, stride_sg = rows_of_tiles(tiles_ptr, pid_n, N, K, TILES, BITS)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    stride_tn = k_tiles.to(tl.int64) * (WORDS_PER_BIT * BITS)  # of tiles, from row to row of them
-    tile_ptr = tiles_ptr + pid_n * TILES * stride_tn
-    mask_tiles = pid_n * TILES + tl.arange(0, TILES)[:, None] < n_tiles
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

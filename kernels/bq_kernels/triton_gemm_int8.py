@@ -26,16 +26,21 @@ from .triton_unpack import (
     load_words,
     midrise,
     operands,
+    rows_of_tiles,
     split_words,
 )
 
-# By capability: tokens and tiles of 64 outputs per program, loads in flight, warps. They fit shared memory, and but for
-# a few bytes per thread registers: 8 to 64 spill with 4 bits and groups of 32 or 64 on sm_90, 8 with 3 bits and groups
-# of 64 on sm_80. No GPU has run them
+# By capability: tokens and tiles of 64 outputs per program, loads in flight, warps. No GPU has run them
 LAUNCHES = {
     "sm90": {"BLOCK_M": 256, "TILES": 1, "STAGES": 3, "num_warps": 8},
     "sm80": {"BLOCK_M": 64, "TILES": 1, "STAGES": 3, "num_warps": 4},
     "gfx942": {"BLOCK_M": 64, "TILES": 1, "STAGES": 2, "num_warps": 4},
+}
+# Where registers do not hold that, by capability, bits and unit
+TIGHT = {
+    ("sm90", 4, 32): {"BLOCK_M": 128},
+    ("sm90", 4, 64): {"STAGES": 2},
+    ("sm80", 3, 64): {"maxnreg": 168},  # the assembler aims at 128, and spills two
 }
 
 
@@ -62,16 +67,10 @@ def _gemm_int8_kernel(
     BLOCK_N: tl.constexpr = TILES * TILE_N
     PAIRS: tl.constexpr = UNIT // 8
     pid_n, pid_m = tl.program_id(0), tl.program_id(1)
-    n_tiles = tl.cdiv(N, TILE_N)
     k_tiles = tl.cdiv(K, TILE_K)
-    stride_sg = n_tiles * TILE_N  # of scales and zeros, from group to group
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
+    tile_ptr, stride_tn, mask_tiles, offs_n, mask_n, stride_sg = rows_of_tiles(tiles_ptr, pid_n, N, K, TILES, BITS)
     offs_token = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_m = offs_token[:, None]
-    stride_tn = k_tiles.to(tl.int64) * (WORDS_PER_BIT * BITS)  # of tiles, from row to row of them
-    tile_ptr = tiles_ptr + pid_n * TILES * stride_tn
-    mask_tiles = pid_n * TILES + tl.arange(0, TILES)[:, None] < n_tiles
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -104,6 +103,19 @@ def _gemm_int8_kernel(
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(offs_m < M) & mask_n[None, :])
 
 
+def launch_config(architecture: str, bits: int, unit: int) -> dict[str, int]:
+    """Shape of a program and compiler options.
+
+    Args:
+        architecture: of the GPU (gpu.py).
+        bits: bits per code.
+        unit: columns that share a scale, 32, 64 or 128.
+    """
+    nearest = nearest_capability(architecture)
+    config = LAUNCHES[nearest] | TIGHT.get((nearest, bits, unit), {})
+    return config | {"num_stages": config["STAGES"]}
+
+
 def int8_linear(
     x: torch.Tensor,
     x_scales: torch.Tensor,
@@ -118,7 +130,8 @@ def int8_linear(
     rows, in_features = x.shape
     gpu = gpu_of(x)
     group_size = in_features // scales.shape[0]
-    unit, config = unit_of(group_size), LAUNCHES[nearest_capability(gpu.architecture)]
+    bits, unit = tile_bits(tiles), unit_of(group_size)
+    config = launch_config(gpu.architecture, bits, unit)
     out = torch.empty(rows, out_features, dtype=dtype, device=x.device)
     grid = triton.cdiv(tiles.shape[0], config["TILES"]), triton.cdiv(rows, config["BLOCK_M"])
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -133,11 +146,10 @@ def int8_linear(
             rows,
             in_features,
             out_features,
-            BITS=tile_bits(tiles),
+            BITS=bits,
             UNIT=unit,
             UNITS_PER_GROUP=group_size // unit,
             **config,
-            num_stages=config["STAGES"],
             PDL=gpu.pdl,
             **gpu.options,
         )

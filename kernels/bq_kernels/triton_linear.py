@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import triton
 
 from . import triton_decode, triton_gemm, triton_mma
@@ -42,12 +41,16 @@ from .tiles import TILE_N, tile_bits, unit_of
 from .triton_arrange import fuses, rotate_and_arrange
 from .triton_dequantize import dequantize, fits_tile
 from .triton_gemm_int8 import int8_linear
+from .triton_norm import FUSED_ROWS, NO_NORM, Norm, apply_norm, norm_of
 from .triton_rotate import apply_rotation
 from .triton_rotate_int8 import rotate_to_int8
 
 LAUNCH_TABLE = Path(__file__).with_name("launch.json")
 NOT_MEASURED = ", not measured"  # ends the name of an entry whose lines no GPU has run
 STREAMS, COUNTERS = 16, 1 << 15  # streams with counters of their own; programs of one launch that share sums
+MOST_DENSE = (
+    1 << 28
+)  # weights that `dense` dequantizes at a time: all of a decoder layer's, a part of a large LM head's
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,11 @@ def _counters(device: torch.device) -> torch.Tensor:
     return _all_counters(device)[_stream_slot(device, stream)]
 
 
-def decode_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, launch: Launch, gpu: Gpu):
-    """Launch the decode kernel on x [rows, K], rows ≤ 16; rotates by `cos_sin` unless that is None."""
+def decode_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, norm: Norm, launch: Launch, gpu: Gpu):
+    """Launch the decode kernel on x [rows, K], rows ≤ 16; rotates by `cos_sin` unless that is None.
+
+    With one row it first normalizes x, if there is a norm.
+    """
     rows, in_features = x.shape
     n_tiles, bits, group_size = tiles.shape[0], tile_bits(tiles), in_features // scales.shape[0]
     rotation_block = 1 if cos_sin is None else 1 << cos_sin.shape[2]
@@ -146,6 +152,7 @@ def decode_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, launch: 
         in_features,
         out_features,
         tiles_per_program,
+        *norm,
         **config,
         PDL=gpu.pdl,
         **gpu.options,
@@ -153,31 +160,17 @@ def decode_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, launch: 
     return out
 
 
-def mma_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, launch: Launch, gpu: Gpu):
-    """Launch the decode kernel on mma.sync on x [rows, K], rows ≤ 16, behind the kernel that arranges x for it."""
+def mma_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, norm: Norm, launch: Launch, gpu: Gpu):
+    """Launch the decode kernel on mma.sync on x [rows, K], rows ≤ 16, behind the one that normalizes and arranges x."""
     (rows, in_features), bits, group_size = x.shape, tile_bits(tiles), x.shape[1] // scales.shape[0]
     unit = unit_of(group_size)
-    operands, sums = rotate_and_arrange(x, cos_sin, bits, unit, launch.exact, gpu)
+    operands, sums = rotate_and_arrange(x, cos_sin, bits, unit, launch.exact, gpu, norm)
     shape = launch.outputs, launch.warps, launch.stages
     config = triton_mma.launch_config(rows, bits, group_size, in_features, zeros is not None, *shape, launch.exact)
     out = x.new_empty(rows, out_features)
-    triton_mma._mma_kernel[(triton.cdiv(out_features, 16 * config["STRIPS"]),)](
-        operands,
-        sums,
-        tiles,
-        scales,
-        zeros,
-        bias,
-        out,
-        rows,
-        out_features,
-        tiles.shape[1],
-        in_features // unit,
-        scales.shape[1],
-        **config,
-        PDL=gpu.pdl,
-        **gpu.options,
-    )
+    sizes = rows, out_features, tiles.shape[1], in_features // unit, scales.shape[1]
+    kernel = triton_mma._mma_kernel[(triton.cdiv(out_features, 16 * config["STRIPS"]),)]
+    kernel(operands, sums, tiles, scales, zeros, bias, out, *sizes, **config, PDL=gpu.pdl, **gpu.options)
     return out
 
 
@@ -218,6 +211,23 @@ def gemm_linear(x, tiles, scales, zeros, bias, out_features, launch: Launch, gpu
     return out
 
 
+def dense_linear(x, tiles, scales, zeros, bias, out_features, cos_sin=None, mix=None):
+    """Dequantize, then the vendor's product on x [rows, K]; the outputs of a large vocabulary part by part."""
+    step = max(MOST_DENSE // x.shape[1] // TILE_N, 1) * TILE_N
+    out = x.new_empty(len(x), out_features)
+    for start in range(0, out_features, step):
+        stop = min(start + step, out_features)
+        tile_rows = slice(start // TILE_N, triton.cdiv(stop, TILE_N))
+        columns = slice(start, tile_rows.stop * TILE_N)
+        packed = tiles[tile_rows], scales[:, columns], None if zeros is None else zeros[:, columns]
+        weight = dequantize(*packed, x.shape[1], stop - start, x.dtype, cos_sin, mix)
+        if bias is None:
+            torch.mm(x, weight.T, out=out[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop].to(x.dtype), x, weight.T, out=out[:, start:stop])
+    return out
+
+
 def folds_rotation(launch: Launch, rows: int, out_features: int, cos_sin: torch.Tensor, mix: torch.Tensor) -> bool:
     """Whether `dense` multiplies x as it is with W′ Q.
 
@@ -250,44 +260,82 @@ def packed_linear(
     instead of to the dtype of x (operands.py), and x that is not finite gives NaN. `gemm` rounds a float zero, and
     `dense` all of W′ or W′ Q, to the dtype of x before that.
     """
-    in_features = x.shape[-1]
-    shape = (*x.shape[:-1], out_features)
-    x = x.reshape(-1, in_features)
-    if x.shape[0] == 0:
-        return x.new_empty(shape)
-    if x.stride(-1) != 1:
+    rows, layer = x.reshape(-1, x.shape[-1]), (tiles, scales, zeros, bias, out_features, cos_sin, mix)
+    return _linear(rows, NO_NORM, *layer, launch, activation_bits).view(*x.shape[:-1], out_features)
+
+
+def norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    epsilon: float,
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+    launch: Launch | None = None,
+    activation_bits: int = 16,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`packed_linear` behind an RMSNorm; arguments and results as `tiles.norm_linear`.
+
+    Up to FUSED_ROWS rows the norm is in the launch that rotates, else in front of it (triton_norm.py).
+    """
+    rows, layer = x.reshape(-1, x.shape[-1]), (tiles, scales, zeros, bias, out_features, cos_sin, mix)
+    norm = norm_of(rows, residual, norm_weight, epsilon)
+    out = _linear(rows, norm, *layer, launch, activation_bits).view(*x.shape[:-1], out_features)
+    return out, None if residual is None else norm.total.view(x.shape)
+
+
+def _rotates_itself(x, scales, bits, zeros, cos_sin, mix, norm: Norm, launch: Launch) -> bool:
+    """Whether the first kernel of `decode` or `mma` rotates x, and normalizes it before that if there is a norm."""
+    if cos_sin is None or launch.kernel not in ("decode", "mma"):
+        return False
+    if launch.kernel == "mma":
+        return fuses(cos_sin, mix)
+    columns = triton_decode.kept_columns(launch.slice, bits, x.shape[1] // scales.shape[0], zeros is not None)
+    # rotation blocks that are a power of two and that a program keeps whole
+    fits = mix.shape[-1] == 1 and 1 < 1 << cos_sin.shape[2] <= columns
+    return launch.fuse and fits and (norm.weight is None or x.shape[0] == 1)
+
+
+def _linear(x, norm: Norm, tiles, scales, zeros, bias, out_features, cos_sin, mix, launch, activation_bits):
+    """`packed_linear` of x [M, K], normalized before if there is a norm."""
+    rows, in_features = x.shape
+    if rows == 0:
+        return x.new_empty(rows, out_features)
+    if x.stride(-1) != 1 or norm.weight is not None:
         x = x.contiguous()
     group_size = in_features // scales.shape[0]
     if group_size % GROUP_MULTIPLE:
         raise ValueError(f"the kernels need groups of a multiple of {GROUP_MULTIPLE} columns, not {group_size}")
     gpu = gpu_of(x)
-    if rounds_activations(x.shape[0], activation_bits) and launch is None:
+    if rounds_activations(rows, activation_bits) and launch is None:
+        x = x if norm.weight is None else apply_norm(x, norm)
         int8 = rotate_to_int8(x, cos_sin, mix, unit_of(group_size))
-        return int8_linear(*int8, tiles, scales, zeros, bias, out_features, x.dtype).view(shape)
-    launch = launch or choose(gpu, x.shape[0])
+        return int8_linear(*int8, tiles, scales, zeros, bias, out_features, x.dtype)
+    launch = launch or choose(gpu, rows)
     if x.dtype == torch.float32 and x.is_cuda:  # the matrix units do not take it
         launch = Launch(None, "dense")
     if launch.kernel == "mma" and not triton_mma.runs_on(gpu):
         launch = WITHOUT_MMA
-    fused = launch.kernel == "mma" and cos_sin is not None and fuses(cos_sin, mix)
-    if launch.kernel == "decode" and launch.fuse and cos_sin is not None:
-        columns = triton_decode.kept_columns(launch.slice, tile_bits(tiles), group_size, zeros is not None)
-        # rotation blocks that are a power of two and that a program keeps whole
-        fused = mix.shape[-1] == 1 and 1 < 1 << cos_sin.shape[2] <= columns
-    folded = (None, None)
-    if cos_sin is not None and folds_rotation(launch, x.shape[0], out_features, cos_sin, mix):
-        folded = cos_sin, mix
-    elif cos_sin is not None and not fused:
+    inside = _rotates_itself(x, scales, tile_bits(tiles), zeros, cos_sin, mix, norm, launch)
+    folds = cos_sin is not None and folds_rotation(launch, rows, out_features, cos_sin, mix)
+    in_front = cos_sin is not None and not inside and not folds
+    if norm.weight is not None and not inside:
+        together = in_front and rows <= FUSED_ROWS
+        x, norm = apply_norm(x, norm, *((cos_sin, mix) if together else ())), NO_NORM
+        in_front = in_front and not together
+    if in_front:
         x = apply_rotation(x, cos_sin, mix)
     packed = (x, tiles, scales, zeros, bias, out_features)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if launch.kernel == "decode":
-            out = decode_linear(*packed, cos_sin if fused else None, launch, gpu)
-        elif launch.kernel == "mma":
-            out = mma_linear(*packed, cos_sin if fused else None, launch, gpu)
-        elif launch.kernel == "gemm":
-            out = gemm_linear(*packed, launch, gpu)
-        else:
-            weight = dequantize(tiles, scales, zeros, in_features, out_features, x.dtype, *folded)
-            out = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return out.view(shape)
+            return decode_linear(*packed, cos_sin if inside else None, norm, launch, gpu)
+        if launch.kernel == "mma":
+            return mma_linear(*packed, cos_sin if inside else None, norm, launch, gpu)
+        if launch.kernel == "gemm":
+            return gemm_linear(*packed, launch, gpu)
+        return dense_linear(*packed, *((cos_sin, mix) if folds else (None, None)))

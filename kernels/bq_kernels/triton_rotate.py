@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .format import split_block
-from .gpu import gpu_of
+from .gpu import Gpu, gpu_of
 
 TILE_ELEMENTS = 2048  # that several rows of a small block fill together in one program
 THREAD_ELEMENTS = 16  # of its tile that a thread holds
@@ -20,6 +20,7 @@ MAX_WARPS = 16  # 1,024 threads where a warp has 64 lanes
 # each, and the first pass takes at most that many layers
 FEW_ROWS, WIDE_BLOCK, PASS_LAYERS = 8, 2048, 9
 PASS_COLUMNS = 32  # columns per program of the second pass
+WIDEST_TILE = 16384  # that the registers of a program hold; wider blocks take two passes with any number of rows
 
 
 @triton.jit
@@ -175,13 +176,35 @@ def launch_configs(rows: int, block_size: int) -> list[dict[str, int]]:
         block_size: b = 2ᵏ·m with m odd.
     """
     layers, runs = split_block(block_size)
-    if rows > FEW_ROWS or block_size < WIDE_BLOCK or layers <= PASS_COLUMNS.bit_length():
+    several = block_size >= WIDE_BLOCK and (rows <= FEW_ROWS or block_size > WIDEST_TILE)
+    if not several or layers <= PASS_COLUMNS.bit_length():
         return [single_pass_config(rows, block_size)]
     split = min(layers - 1, PASS_LAYERS)
     return [
         _pass_config(rows, layers, runs, 0, split, 1 << split, 1),
         _pass_config(rows, layers, runs, split, layers - split, block_size >> split, PASS_COLUMNS),
     ]
+
+
+def rotation_pass(
+    source: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor, target: torch.Tensor, config: dict, gpu: Gpu
+) -> None:
+    """Launch one of `launch_configs` from source [rows, n] to target, contiguous, of as many elements."""
+    rows, blocks = source.shape[0], cos_sin.shape[0]
+    parts = (config["RUNS"] << config["LAYERS"]) // (config["HEIGHT"] * config["COLUMNS"])
+    with torch.cuda.device_of(source):  # Triton launches on the current device
+        _rotate_kernel[(triton.cdiv(rows, config["BLOCK_M"]) * blocks * parts,)](
+            source,
+            cos_sin.contiguous(),
+            mix.contiguous(),
+            target,
+            rows,
+            source.stride(0),
+            blocks,
+            **config,
+            PDL=gpu.pdl,
+            **gpu.options,
+        )
 
 
 def apply_rotation(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
@@ -198,28 +221,13 @@ def apply_rotation(x: torch.Tensor, cos_sin: torch.Tensor, mix: torch.Tensor) ->
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    blocks, _, layers, _ = cos_sin.shape
-    block_size = mix.shape[-1] << layers
-    source = x.reshape(-1, blocks * block_size)
+    source = x.reshape(-1, x.shape[-1])
     if source.stride(-1) != 1:
         source = source.contiguous()
-    rows = source.shape[0]
-    gpu, configs = gpu_of(x), launch_configs(rows, block_size)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        for i, config in enumerate(configs):
-            target = out if i == len(configs) - 1 else torch.empty_like(source, dtype=torch.float32)
-            parts = block_size // (config["HEIGHT"] * config["COLUMNS"])
-            _rotate_kernel[(triton.cdiv(rows, config["BLOCK_M"]) * blocks * parts,)](
-                source,
-                cos_sin.contiguous(),
-                mix.contiguous(),
-                target,
-                rows,
-                source.stride(0),
-                blocks,
-                **config,
-                PDL=gpu.pdl,
-                **gpu.options,
-            )
-            source = target
+    gpu, configs = gpu_of(x), launch_configs(source.shape[0], mix.shape[-1] << cos_sin.shape[2])
+    for config in configs[:-1]:
+        target = torch.empty_like(source, dtype=torch.float32)
+        rotation_pass(source, cos_sin, mix, target, config, gpu)
+        source = target
+    rotation_pass(source, cos_sin, mix, out, configs[-1], gpu)
     return out

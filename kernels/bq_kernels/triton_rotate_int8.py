@@ -13,7 +13,15 @@ import triton.language as tl
 
 from .activations import LARGEST_INT8 as _LARGEST_INT8
 from .gpu import gpu_of
-from .triton_rotate import MAX_WARPS, THREAD_ELEMENTS, TILE_ELEMENTS, apply_rotation, butterfly, mix_runs
+from .triton_rotate import (
+    MAX_WARPS,
+    THREAD_ELEMENTS,
+    TILE_ELEMENTS,
+    WIDEST_TILE,
+    apply_rotation,
+    butterfly,
+    mix_runs,
+)
 
 LARGEST_INT8 = tl.constexpr(_LARGEST_INT8)
 TO_NEAREST = tl.constexpr(1.5 * 2**23)  # added and subtracted, it rounds a float32 to the nearest integer, ties to even
@@ -75,6 +83,8 @@ def launch_config(rows: int, layers: int, runs: int, unit: int) -> dict[str, int
     """
     chunk = max(runs << layers, unit)
     width = triton.next_power_of_2(chunk)
+    # a program of 16 warps spills 8 bytes per thread of 13824 and 14336 features: 8 warps have the registers
+    most_warps = MAX_WARPS if runs == 1 or width < WIDEST_TILE else MAX_WARPS // 2
     block_m = max(min(triton.next_power_of_2(rows), TILE_ELEMENTS // width), 1)
     return {
         "LAYERS": layers,
@@ -83,7 +93,7 @@ def launch_config(rows: int, layers: int, runs: int, unit: int) -> dict[str, int
         "CHUNK": chunk,
         "WIDTH": width,
         "BLOCK_M": block_m,
-        "num_warps": min(max(width * block_m // (32 * THREAD_ELEMENTS), 1), MAX_WARPS),
+        "num_warps": min(max(width * block_m // (32 * THREAD_ELEMENTS), 1), most_warps),
     }
 
 
@@ -91,9 +101,12 @@ def rotate_to_int8(
     x: torch.Tensor, cos_sin: torch.Tensor | None, mix: torch.Tensor | None, unit: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate tokens and round them to int8; arguments and results as `activations.rotate_to_int8`."""
-    if cos_sin is not None and mix.shape[-1] > 1 and unit > 1 << cos_sin.shape[2]:
-        # blocks that end inside a unit: their size is not a power of two, and no tile of registers holds several
-        x, cos_sin = apply_rotation(x.float(), cos_sin, mix), None
+    if cos_sin is not None:
+        run, block_size = 1 << cos_sin.shape[2], mix.shape[-1] << cos_sin.shape[2]
+        # blocks that end inside a unit (their size is not a power of two, and no tile of registers holds several), and
+        # those that no tile holds whole
+        if block_size > WIDEST_TILE or (run < block_size and unit > run):
+            x, cos_sin = apply_rotation(x.float(), cos_sin, mix), None
     if x.stride(-1) != 1:
         x = x.contiguous()
     rows, features = x.shape

@@ -64,6 +64,23 @@ def load_words(tile_ptr, mask, BITS: tl.constexpr, TILES: tl.constexpr, stride):
 
 
 @triton.jit
+def rows_of_tiles(tiles_ptr, pid_n, N, K, TILES: tl.constexpr, BITS: tl.constexpr):
+    """Where the outputs of program `pid_n` lie: TILES rows of tiles, one below the other.
+
+    Returns:
+        tile_ptr, stride_tn, mask_tiles: of their first tiles, for `load_words`.
+        offs_n, mask_n: their outputs [64·TILES].
+        stride_sg: of scales and zeros, from group to group.
+    """
+    n_tiles, k_tiles = tl.cdiv(N, TILE_N), tl.cdiv(K, TILE_K)
+    offs_n = pid_n * (TILES * TILE_N) + tl.arange(0, TILES * TILE_N)
+    stride_tn = k_tiles.to(tl.int64) * (WORDS_PER_BIT * BITS)
+    tile_ptr = tiles_ptr + pid_n * TILES * stride_tn
+    mask_tiles = pid_n * TILES + tl.arange(0, TILES)[:, None] < n_tiles
+    return tile_ptr, stride_tn, mask_tiles, offs_n, offs_n < N, n_tiles * TILE_N
+
+
+@triton.jit
 def split_words(words, TILES: tl.constexpr, BITS: tl.constexpr):
     """Words as loaded to a tuple of [64·TILES, 4]: for every row, word after word of its four threads."""
     BLOCK_N: tl.constexpr = 64 * TILES

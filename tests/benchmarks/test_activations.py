@@ -6,7 +6,7 @@ import random
 import pytest
 import tiny
 import torch
-from bq_calibration.hf import ButterflyLinear
+from bq_calibration.packed_modules import ButterflyLinear
 from bq_kernels.activations import from_int8, rotate_to_int8
 from torch import nn
 

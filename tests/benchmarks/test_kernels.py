@@ -31,6 +31,19 @@ def test_kernels(run, tmp_path):
         assert f"left out: smoke smoke, {peer}" in printed or peer in record["rows"][0]["times"]
 
 
+def test_vocabulary(run, tmp_path):
+    printed = run("kernels.py", "vocabulary", "--smoke", "--json", tmp_path / "vocabulary.json")
+    record = json.loads((tmp_path / "vocabulary.json").read_text())
+    assert [(row["part"], row["rows"]) for row in record["rows"]] == [
+        *(("LM head", rows) for rows in (1, 5)),
+        *(("look-up", tokens) for tokens in (1, 70)),
+    ]
+    for row in record["rows"]:
+        assert row["times"].keys() & {"cuBLAS fp16", "F.embedding fp16"} and "ours, block = group" in row["times"]
+        assert all(0 < error < 2e-3 for error in row["errors"].values())
+    assert "LM head, µs" in printed and "look-up, µs" in printed
+
+
 @pytest.mark.slow
 def test_tuning_of_kernels(run):
     before = LAUNCH_TABLE.read_text()
@@ -61,6 +74,8 @@ def test_kernels_are_built_ahead(gpu):
     names = {wanted.kernel.__name__ for wanted in found}
     assert names == {"_decode_kernel", "_gemm_kernel", "_dequantize_kernel", "_rotate_kernel"}
     assert len(kernels_of(WarmUp(192, 256, 64, [1], [None]), "cpu")) == 3  # in blocks, full width, and no rotation
+    names = {wanted.kernel.__name__ for wanted in kernels_of(WarmUp(192, 256, 64, [5], [None], True), "cpu")}
+    assert names == {"_gemm_kernel", "_rotate_kernel", "_norm_kernel"}
 
 
 def test_plot_without_measuring(run, tmp_path):

@@ -184,7 +184,8 @@ def test_launches_of_an_earlier_lease_are_used(tmp_path):
 def test_steps(tmp_path, rehearse):
     every = steps(Plan(tmp_path, rehearse))
     assert [step.name for step in every] == [
-        *("tests", "errors", "tune", "kernels", "layer", "serving", "calibration", "training", "sanitizer", "parity")
+        *("tests", "errors", "tune", "kernels", "layer", "vocabulary", "serving", "calibration", "training"),
+        *("sanitizer", "parity"),
     ]
     assert all(step.least <= step.seconds <= 540 for step in every)
     assert all(Path(part).exists() for step in every for part in step.command if part.endswith(".py"))
@@ -220,7 +221,7 @@ def test_rehearsal(run, tmp_path):
     errors = json.loads((out / "errors.json").read_text())["rows"]
     assert all(0 < row["rms"] <= row["largest"] for row in errors)
     steps_of = {row["method"] for row in json.loads((out / "layer.json").read_text())["rows"]}
-    assert {"cuBLAS fp16", "ours, block = group"} <= steps_of
+    assert {"cuBLAS fp16", "ours, block = group", "ours, norm before", "ours, norm inside"} <= steps_of
     assert [rung["tokens"] for rung in json.loads((out / "training.json").read_text())["rungs"]] == [1000, 2000]
     calibration = json.loads((out / "calibration.json").read_text())
     assert calibration["run"]["wall_seconds"] > 0 and (out / "calibration" / "bq2" / "config.json").exists()

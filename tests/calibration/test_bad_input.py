@@ -145,7 +145,7 @@ def test_transformers_refuses_what_inspect_refuses(broken):
             "--rotation-block 96 does not divide the 48 inputs of o_proj",
         ),
         (["--bits", "5"], "--bits 5: expected one of 2, 3, 4"),
-        (["--recipe", "nice"], "--recipe nice: unknown; known are fast, best, paper"),
+        (["--recipe", "nice"], "--recipe nice: unknown; known are fast, best, max, paper"),
         (["--dataset", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--dataset", "imagenet"], "is no data set"),
         (["--seqlen", "100000"], "lower --seqlen"),

@@ -5,6 +5,7 @@ import math
 import bq_calibration.hf
 import pytest
 import torch
+from bq_calibration import packed_modules
 from bq_calibration.errors import UserError
 from bq_calibration.evaluation import Evaluator
 from rich.progress import Progress
@@ -34,7 +35,7 @@ def test_float16_tensors_stay_exact_in_a_bfloat16_model(checkpoint):
     "cast", [lambda model: model.to(torch.bfloat16), lambda model: model.bfloat16().to(torch.float32)]
 )
 def test_casting_a_model_does_not_round_the_format(checkpoint, monkeypatch, cast, kernels):
-    monkeypatch.setattr(bq_calibration.hf, "runs_kernels", lambda device: kernels)
+    monkeypatch.setattr(packed_modules, "runs_kernels", lambda device: kernels)
     ids = torch.randint(3, 30, (2, 9))
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     model(input_ids=ids)  # layers prepare themselves at their first call
@@ -42,7 +43,7 @@ def test_casting_a_model_does_not_round_the_format(checkpoint, monkeypatch, cast
     dtype = model.model.norm.weight.dtype
     stored = load_file(checkpoint / "model.safetensors")
     for name, module in model.named_modules():
-        if isinstance(module, bq_calibration.hf.ButterflyLinear):
+        if isinstance(module, packed_modules.ButterflyLinear):
             for suffix in ("qweight", "scales", "angles"):
                 expected = stored[f"{name}.{suffix}"]
                 assert torch.equal(getattr(module, suffix).to(expected.dtype), expected)
@@ -80,7 +81,7 @@ def test_layers_as_a_gpu_runs_them(checkpoint, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     with torch.no_grad():
         plain = model(input_ids=ids).logits
-        monkeypatch.setattr(bq_calibration.hf, "runs_kernels", lambda device: True)
+        monkeypatch.setattr(packed_modules, "runs_kernels", lambda device: True)
         tiled = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()(input_ids=ids).logits
     torch.testing.assert_close(tiled, plain)
 

@@ -30,6 +30,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.int8: "*i8",
 }
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -124,6 +125,9 @@ def build(kernel, arguments, config, target):
     for i, (name, value) in enumerate(zip(names, arguments, strict=False)):
         if value is None or (isinstance(value, int) and value == 1):
             constants[name] = value
+            continue
+        if isinstance(value, float):
+            signature[name] = "fp32"
             continue
         signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         if (value.data_ptr() if isinstance(value, torch.Tensor) else value) % 16 == 0:

@@ -20,6 +20,7 @@ from bq_kernels import (
     triton_gemm_int8,
     triton_linear,
     triton_mma,
+    triton_norm,
     triton_rotate,
     triton_rotate_int8,
 )
@@ -42,10 +43,10 @@ def meta(*shape, dtype=HALF):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def on_targets(*combinations):
-    """Every combination for every target: on Hopper always, on the others as a slow test."""
-    for case, target in itertools.product(combinations, TARGETS):
-        yield pytest.param(*case, target, marks=[pytest.mark.slow] * (target != "sm90"))
+def on_targets(*combinations, slow=()):
+    """Every combination for every target: on Hopper always, on the others and for those in `slow` as a slow test."""
+    for case, target in itertools.product((*combinations, *slow), TARGETS):
+        yield pytest.param(*case, target, marks=[pytest.mark.slow] * (target != "sm90" or case in slow))
 
 
 @pytest.mark.parametrize(("vocabulary", "dtype", "target"), on_targets((49152, BRAIN), (128256, BRAIN), (32000, HALF)))
@@ -65,6 +66,7 @@ def test_divergence(vocabulary, dtype, target, monkeypatch, tmp_path):
         (8192, 1, HALF),
         (11008, 1, HALF),
         (13824, 64, HALF),
+        slow=[(28672, 64, HALF)],
     ),
 )
 def test_rotation(block_size, rows, dtype, target, monkeypatch, tmp_path):
@@ -75,6 +77,27 @@ def test_rotation(block_size, rows, dtype, target, monkeypatch, tmp_path):
     module = triton_rotate
     for launch in record(monkeypatch, target, module, "_rotate_kernel", module, "apply_rotation", x, *tables):
         inspect(*launch, target, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("features", "block_size", "rows", "dtype", "target"),
+    on_targets(
+        (8192, 128, 1, HALF),
+        (5120, 5120, 16, BRAIN),
+        slow=[(1536, 1536, 4, HALF), (11008, None, 4096, BRAIN)],
+    ),
+)
+def test_norm(features, block_size, rows, dtype, target, monkeypatch, tmp_path):
+    tables, x = (), meta(rows, features, dtype=dtype)
+    if block_size:
+        k, m = split_block(block_size)
+        blocks = features // block_size
+        tables = meta(blocks, 2, k, block_size // 2, dtype=torch.float32), meta(blocks, m, m, dtype=torch.float32)
+    arguments = x, x, meta(features, dtype=torch.float32), 1e-5, *tables
+    kernels = [(triton_norm, "_norm_kernel"), (triton_rotate, "_rotate_kernel")]
+    launches, _ = record_launches(monkeypatch, target, kernels, triton_norm, "rms_norm", *arguments)
+    for launch in launches:
+        inspect(*launch.source, target, tmp_path)
 
 
 def layer(bits, group, float_zero, in_features=FEATURES):
@@ -105,6 +128,21 @@ def shipped():
                 yield pytest.param(line, *kind, target, marks=[pytest.mark.slow] * slow, id=name)
 
 
+def check_decode_loop(report, line, bits, group, float_zero):
+    """Of sm90: a thread reads its words straight from memory, 16 bytes at a time (third bits of a code 8 at a time).
+
+    The codes never pass through shared memory.
+    """
+    words = triton_decode.kept_columns(line.slice, bits, group, float_zero) // 128 * 2 * bits
+    wide = words if bits != 3 else words * 2 // 3
+    assert report.count("LDG.E.128") == wide // 4
+    assert report.count("LDS", "LDSM") <= 8
+    instructions = report.loop.total() / words
+    allowed = ROOFLINE * (bits + (32 if float_zero else 16) / group) / bits
+    print(f"{instructions:.1f} instructions per packed word, {allowed:.1f} are hidden by its load from memory")
+    assert instructions <= allowed * SLACK
+
+
 @pytest.mark.parametrize(("line", "bits", "group", "float_zero", "dtype", "target"), shipped())
 def test_linear(line, bits, group, float_zero, dtype, target, monkeypatch, tmp_path):
     module = {"decode": triton_decode, "gemm": triton_gemm}[line.kernel]
@@ -127,18 +165,27 @@ def test_linear(line, bits, group, float_zero, dtype, target, monkeypatch, tmp_p
     assert report.count("HGMMA") > 0
     assert report.count("LDL", "STL") == 0
     if line.kernel == "decode":
-        # a thread reads its words straight from memory, 16 bytes at a time (the third bits of a code 8 at a time),
-        # and the codes never pass through shared memory
-        words = triton_decode.kept_columns(line.slice, bits, group, float_zero) // 128 * 2 * bits
-        wide = words if bits != 3 else words * 2 // 3
-        assert report.count("LDG.E.128") == wide // 4
-        assert report.count("LDS", "LDSM") <= 8
-        instructions = report.loop.total() / words
-        allowed = ROOFLINE * (bits + (32 if float_zero else 16) / group) / bits
-        print(f"{instructions:.1f} instructions per packed word, {allowed:.1f} are hidden by its load from memory")
-        assert instructions <= allowed * SLACK
+        check_decode_loop(report, line, bits, group, float_zero)
     else:
         assert report.count("LDGSTS.E.BYPASS.128", "LDGSTS.E.128", "LDG.E.128") > 0
+
+
+def normed():
+    for target, kind in itertools.product(TARGETS, KINDS):
+        yield pytest.param(*kind, target, marks=[pytest.mark.slow] * (target != "sm90" or kind != KINDS[0]))
+
+
+@pytest.mark.parametrize(("bits", "group", "float_zero", "dtype", "target"), normed())
+def test_decode_behind_a_norm(bits, group, float_zero, dtype, target, monkeypatch, tmp_path):
+    """The decode kernel that normalizes its row stays in registers as well, and its loop over weights is as short."""
+    line, x = triton_linear.launches("", target)[0], meta(1, FEATURES, dtype=dtype)
+    assert line.kernel == "decode" and line.fuse
+    tables = meta(FEATURES // group, 2, group.bit_length() - 1, group // 2, dtype=torch.float32), meta(1, 1, 1)
+    arguments = x, x, meta(FEATURES, dtype=dtype), 1e-5, *layer(bits, group, float_zero), None, FEATURES, *tables, line
+    [launch] = record(monkeypatch, target, triton_decode, "_decode_kernel", triton_linear, "norm_linear", *arguments)
+    report = inspect(*launch, target, tmp_path)
+    if target == "sm90":
+        check_decode_loop(report, line, bits, group, float_zero)
 
 
 # bytes per multiprocessor that an H100's memory moves while a request waits: 3.35 TB/s (data sheet) × 0.7 µs (assumed)
@@ -166,6 +213,10 @@ def test_mma(rows, bits, group, float_zero, dtype, launch, target, monkeypatch, 
     kernels = [(triton_arrange, "_arrange_kernel"), (triton_mma, "_mma_kernel")]
     (arrange, multiply), _ = record_launches(monkeypatch, target, kernels, triton_linear, "packed_linear", *arguments)
     before = inspect(*arrange.source, target, tmp_path)
+    x, *packed = arguments
+    norm = x, meta(FEATURES, dtype=dtype), 1e-5
+    (arrange, _), _ = record_launches(monkeypatch, target, kernels, triton_linear, "norm_linear", x, *norm, *packed)
+    inspect(*arrange.source, target, tmp_path)
     report = inspect(*multiply.source, target, tmp_path)
     config = multiply.config
     # what a launch allocates comes on top of what the code declares: more than 48 KiB in all would need an opt-in
@@ -226,22 +277,27 @@ def test_dequantize(bits, group, float_zero, dtype, block_size, target, monkeypa
         (11008, 128, 32, BRAIN),
         (8192, 8192, 128, HALF),
         (28672, 64, 128, HALF),
-        (11008, 11008, 64, HALF),
+        (13824, 13824, 128, BRAIN),
+        slow=[(11008, 11008, 64, HALF), (14336, 14336, 64, HALF), (17408, 17408, 128, HALF)],
     ),
 )
 def test_rotate_to_int8(features, block_size, unit, dtype, target, monkeypatch, tmp_path):
     k, m = split_block(block_size)
     blocks = features // block_size
     tables = meta(blocks, 2, k, block_size // 2, dtype=torch.float32), meta(blocks, m, m, dtype=torch.float32)
-    module, x = triton_rotate_int8, meta(2048, features, dtype=dtype)
-    arguments = x, *tables, unit
-    [launch] = record(monkeypatch, target, module, "_rotate_to_int8_kernel", module, "rotate_to_int8", *arguments)
-    inspect(*launch, target, tmp_path)
+    arguments = meta(2048, features, dtype=dtype), *tables, unit
+    kernels = [(triton_rotate, "_rotate_kernel"), (triton_rotate_int8, "_rotate_to_int8_kernel")]
+    launches, _ = record_launches(monkeypatch, target, kernels, triton_rotate_int8, "rotate_to_int8", *arguments)
+    for launch in launches:
+        inspect(*launch.source, target, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("bits", "group", "float_zero", "target"),
-    on_targets((2, 128, False), (2, 64, False), (2, 128, True), (3, 32, False), (4, 128, False)),
+    on_targets(
+        *((2, 128, False), (2, 64, False), (2, 128, True), (3, 32, False), (4, 128, False)),
+        slow=[(3, 64, False), (4, 32, False), (4, 32, True), (4, 64, False), (4, 64, True)],
+    ),
 )
 def test_gemm_int8(bits, group, float_zero, target, monkeypatch, tmp_path):
     x, x_scales = meta(2048, FEATURES, dtype=torch.int8), meta(FEATURES // group, 2048, dtype=torch.float32)

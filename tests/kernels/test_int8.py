@@ -82,9 +82,11 @@ def test_rotate_to_int8(call, rows, features, block, unit, dtype):  # noqa: F811
     check_rotate(call, torch.randn(rows, features).to(dtype), block, unit)
 
 
-@pytest.mark.parametrize(
-    ("features", "block", "unit"), [(8192, 8192, 128), (11008, 11008, 64), (17408, 512, 128), (17408, 1088, 32)]
-)
+WIDE = [(8192, 8192, 128), (11008, 11008, 64), (17408, 512, 128), (17408, 1088, 32)]
+WIDE.append(pytest.param(17408, 17408, 64, marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize(("features", "block", "unit"), WIDE)
 def test_rotate_wide_tokens(call, features, block, unit):  # noqa: F811
     check_rotate(call, torch.randn(2, features).half(), block, unit)
 
@@ -205,6 +207,16 @@ def test_prefill_rounds_and_decode_does_not(call, block):  # noqa: F811
         exact = tiles.tiled_linear(rows, *arguments)
         torch.testing.assert_close(call(ops.packed_linear, rows, *arguments, bits), exact, **as_rounded)
         torch.testing.assert_close(prepared_linear(rows, plain, None, out_features, bits), exact, **as_rounded)
+
+
+def test_tight_launches():
+    """Kinds that registers would not hold otherwise take smaller programs, at most."""
+    launches = triton_gemm_int8.LAUNCHES
+    for (architecture, bits, unit), change in triton_gemm_int8.TIGHT.items():
+        config = triton_gemm_int8.launch_config(architecture, bits, unit)
+        assert config.items() >= change.items() and config["num_stages"] == config["STAGES"]
+        assert all(config[name] <= value for name, value in launches[architecture].items())
+    assert triton_gemm_int8.launch_config("sm86", 2, 128).items() >= launches["sm80"].items()
 
 
 def test_every_capability_has_a_launch():

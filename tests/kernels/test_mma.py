@@ -31,7 +31,7 @@ def mma(outputs=32, warps=4, stages=3, exact=False):
     return Launch(16, "mma", outputs=outputs, warps=warps, stages=stages, exact=exact)
 
 
-def arrange_by_reference(x, cos_sin, bits, unit, exact, gpu):
+def arrange_by_reference(x, cos_sin, bits, unit, exact, gpu, norm):
     x = x.float()
     if cos_sin is not None:
         x = reference.apply_rotation(x, cos_sin, torch.ones(cos_sin.shape[0], 1, 1))

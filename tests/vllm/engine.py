@@ -24,29 +24,56 @@ def prompt_of(prompt: list[int] | dict) -> dict:
 
 
 def generate(llm, job: dict, lora: str | None = None) -> list[dict]:
-    """Greedy tokens for every prompt of a job, and their log-probabilities if it wants them."""
+    """Greedy tokens for every prompt of a job; log-probabilities of them, and of the prompt's, if it wants those."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     sampling = SamplingParams(
-        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=job["logprobs"], detokenize=False
+        temperature=0,
+        max_tokens=job["max_tokens"],
+        ignore_eos=True,
+        logprobs=job["logprobs"],
+        prompt_logprobs=job.get("prompt_logprobs"),
+        detokenize=False,
     )
     prompts = [prompt_of(prompt) for prompt in job["prompts"]]
     request = LoRARequest("adapter", 1, lora) if lora else None
-    answers = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False, lora_request=request)]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=request)
     return [
         {
             "tokens": list(answer.token_ids),
             "logprobs": [step[answer.token_ids[i]].logprob for i, step in enumerate(answer.logprobs or ())],
+            "prompt": [
+                step[output.prompt_token_ids[i]].logprob for i, step in enumerate(output.prompt_logprobs or ()) if step
+            ],
         }
-        for answer in answers
+        for output, answer in ((output, output.outputs[0]) for output in outputs)
     ]
+
+
+def compile_as_on_a_gpu() -> None:
+    """Let vLLM's CPU platform compile models as that of a GPU does: in pieces, with vLLM's own passes."""
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    set_defaults = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(vllm_config):
+        set_defaults(vllm_config)
+        compilation = vllm_config.compilation_config
+        compilation.mode, compilation.backend = CompilationMode.VLLM_COMPILE, "inductor"
+        compilation.ir_enable_torch_wrap, compilation.compile_sizes = True, []
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
 
 
 def run(job: dict) -> dict:
     """Start an engine, do the job, stop it. A job that `fails` returns the error's text."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+
+    if job.get("compiles"):
+        compile_as_on_a_gpu()
 
     options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 16, "enforce_eager": True}
     options |= {"skip_tokenizer_init": True} | job.get("options", {})

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -44,6 +45,12 @@ VARIANTS = {
         "kind": "none",
         "skip": ("lm_head", "o_proj"),
     },
+    "embedding and head packed": {
+        "skip": (),
+        "zero_point": "float",
+        "module_bits": {"model.embed_tokens": 4, "lm_head": 3},
+    },
+    "tied, packed": {"skip": (), "module_bits": {"model.embed_tokens": 4}},
 }
 
 
@@ -85,7 +92,7 @@ def expected(state: dict[str, torch.Tensor], bias: bool = False) -> list[dict]:
 
     settings = tiny.model_config(bias)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32).eval()
-    model.load_state_dict(state)
+    model.load_state_dict({"lm_head.weight": state.get("model.embed_tokens.weight")} | state)  # tied or not
     answers = []
     for prompt in PROMPTS:
         tokens, logprobs = list(prompt), []
@@ -94,7 +101,10 @@ def expected(state: dict[str, torch.Tensor], bias: bool = False) -> list[dict]:
                 step = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
             tokens.append(int(step.argmax()))
             logprobs.append(float(step.max()))
-        answers.append({"tokens": tokens[len(prompt) :], "logprobs": logprobs})
+        with torch.no_grad():
+            steps = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        of_prompt = steps.gather(1, torch.tensor(prompt[1:], dtype=torch.int64)[:, None])[:, 0].tolist()
+        answers.append({"tokens": tokens[len(prompt) :], "logprobs": logprobs, "prompt": of_prompt})
     return answers
 
 
@@ -106,6 +116,8 @@ def assert_same(found: list[dict], wanted: list[dict], atol: float = 0.05) -> No
     assert [answer["tokens"] for answer in found] == [answer["tokens"] for answer in wanted]
     for one, other in zip(found, wanted, strict=True):
         assert one["logprobs"] == pytest.approx(other["logprobs"][: len(one["logprobs"])], abs=atol)
+        if one["prompt"]:
+            assert one["prompt"] == pytest.approx(other["prompt"], abs=atol)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +144,9 @@ def wanted(base) -> list[dict]:
 def variants(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("variants")
     return {
-        name: tiny.write_checkpoint(folder / str(i), tiny.quant_config(**options), bias="bias" in name)
+        name: tiny.write_checkpoint(
+            folder / str(i), tiny.quant_config(**options), bias="bias" in name, tied="tied" in name
+        )
         for i, (name, options) in enumerate(VARIANTS.items())
     }
 
@@ -148,7 +162,8 @@ def answers(tmp_path_factory, base, other, adapter, variants) -> dict[str, dict]
         "lora": {"model": str(base), "lora": str(adapter), "options": {"enable_lora": True, "max_lora_rank": 8}},
         "dummy": {"model": str(base), "options": {"load_format": "dummy", "quantization": "butterfly"}},
         "no config": {"model": str(unquantized), "options": {"quantization": "butterfly"}, "fails": True},
-    } | {name: {"model": str(path)} for name, path in variants.items()}
+    } | {name: {"model": str(path), "prompt_logprobs": 0} for name, path in variants.items()}
+    jobs["tied, packed"] |= {"reload": [str(variants["tied, packed"])]}
     # without dynamo, vLLM does not compile its sampler either
     found, _ = run_engines(folder, [*jobs.values()], VLLM_ENABLE_V1_MULTIPROCESSING="0", TORCHDYNAMO_DISABLE="1")
     return dict(zip(jobs, found, strict=True))
@@ -162,6 +177,10 @@ def test_generation(answers, wanted):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_formats(answers, variants, name):
     assert_same(answers[name]["base"], expected(tiny.decode(variants[name]), bias="bias" in name))
+
+
+def test_reload_of_a_tied_head(answers):
+    assert answers["tied, packed"]["reload 0"] == answers["tied, packed"]["base"]
 
 
 def test_reload(answers, wanted, other):
@@ -182,20 +201,48 @@ def test_model_without_quantization_config(answers):
     assert "Cannot find the config file for butterfly" in answers["no config"]["error"]
 
 
+def test_fused_norms(tmp_path, base, wanted):
+    """vLLM compiles the model with the pass that fuses norms; each layer has two, and four packed linears."""
+    pytest.importorskip("triton")
+    options = {"enforce_eager": False, "max_num_batched_tokens": 16, "max_model_len": 16, "max_num_seqs": 2}
+    job = {"model": str(base), "options": options, "compiles": True}
+    job |= {"prompts": PROMPTS[:2], "max_tokens": 1, "logprobs": None}
+    variables = {"BQ_VLLM_BACKEND": "triton", "TRITON_INTERPRET": "1", "BQ_VLLM_FUSE_NORM": "1"}
+    [answer], log = run_engines(tmp_path, [job], VLLM_ENABLE_V1_MULTIPROCESSING="0", **variables)
+    counts = [tuple(map(int, found)) for found in re.findall(r"fused into (\d+) of the (\d+) packed", log)]
+    assert tuple(map(sum, zip(*counts, strict=True))) == (2 * tiny.LAYERS, 4 * tiny.LAYERS)
+    assert [one["tokens"] for one in answer["base"]] == [one["tokens"][:1] for one in wanted[:2]]
+
+
+@pytest.fixture(scope="module")
+def head_adapter(tmp_path_factory) -> Path:
+    return tiny.write_lora(tmp_path_factory.mktemp("head adapter"), head=True)
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_other_backends(tmp_path, base, other, wanted, backend):
+def test_other_backends(tmp_path, base, other, wanted, variants, head_adapter, backend):
     """Traced by torch.compile as one graph, and run eagerly (VLLM_CPU_CI_ENV), which saves compiling it."""
     if backend == "triton" and find_spec("triton") is None:
         pytest.skip("triton is not installed")
     job = {"model": str(base), "options": {"enforce_eager": False}, "reload": [str(other)]}
     # few and without log-probabilities, since an interpreted kernel is slow, and so is compiling vLLM's sampler
-    job |= {"prompts": PROMPTS[:2], "max_tokens": 3, "logprobs": None}
+    short = {"prompts": PROMPTS[:2], "max_tokens": 3, "logprobs": None}
+    tied, untied = (str(variants[name]) for name in ("tied, packed", "embedding and head packed"))
+    lora = {"lora": str(head_adapter), "options": {"enable_lora": True, "max_lora_rank": 8}}
+    jobs = [job | short, {"model": tied} | short, {"model": untied} | lora | short]
     variables = {"BQ_VLLM_BACKEND": backend, "VLLM_CPU_CI_ENV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if backend == "triton":
         variables["TRITON_INTERPRET"] = "1"
-    [answer], _ = run_engines(tmp_path, [job], **variables)
-    for found, state in (("base", wanted), ("reload 0", expected(tiny.decode(other)))):
-        assert [one["tokens"] for one in answer[found]] == [one["tokens"][:3] for one in state[:2]]
+    (answer, of_tied, of_untied), _ = run_engines(tmp_path, jobs, **variables)
+    dense = tiny.decode(Path(untied))
+    for found, state in (
+        (answer["base"], wanted),
+        (answer["reload 0"], expected(tiny.decode(other))),
+        (of_tied["base"], expected(tiny.decode(Path(tied)))),
+        (of_untied["base"], expected(dense)),
+        (of_untied["lora"], expected(tiny.merge_lora(dense, head_adapter))),
+    ):
+        assert [one["tokens"] for one in found] == [one["tokens"][:3] for one in state[:2]]
 
 
 def ask_server(folder: Path, model: Path, prompts: list[list[int]], tokens: int, *flags: str) -> list[list[int]]:
@@ -235,26 +282,29 @@ def ask_server(folder: Path, model: Path, prompts: list[list[int]], tokens: int,
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory, base) -> tuple[list[dict], str]:
+def processes(tmp_path_factory, base, variants) -> tuple[list[dict], str]:
     """Engines in processes of their own, as users start them: two ranks, and checkpoints that are refused."""
     folder = tmp_path_factory.mktemp("processes")
     name = "model.layers.1.self_attn.k_proj.scales"
     missing = tiny.write_checkpoint(folder / "missing", edits={name: None})
+    packed = variants["tied, packed"], variants["embedding and head packed"]
     unknown = tiny.write_checkpoint(folder / "unknown", table=tiny.quant_config().to_dict() | {"sign": "random"})
     jobs = [
-        {"model": str(base), "options": {"tensor_parallel_size": 2}},
+        *({"model": str(path), "options": {"tensor_parallel_size": 2}} for path in (base, *packed)),
         {"model": str(unknown), "fails": True},
         {"model": str(missing), "fails": True},
     ]
     return run_engines(folder, jobs, VLLM_CPU_OMP_THREADS_BIND="0|1", TORCHDYNAMO_DISABLE="1")
 
 
-def test_tensor_parallel(processes, wanted):
+def test_tensor_parallel(processes, wanted, variants):
     assert_same(processes[0][0]["base"], wanted)
+    for answer, name in zip(processes[0][1:3], ("tied, packed", "embedding and head packed"), strict=True):
+        assert_same(answer["base"], expected(tiny.decode(variants[name])))
 
 
 def test_errors_reach_the_user(processes):
-    (_, unknown, *_), printed = processes
+    (*_, unknown, _), printed = processes
     assert "unknown key 'sign'" in unknown["error"]
     assert "model.layers.1.self_attn.k_proj.scales: missing from the checkpoint; expected torch.float16" in printed
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from bq_kernels import ops
 from bq_kernels.activations import DECODE_ROWS
 from bq_kernels.format import FormatError, QuantConfig
 from bq_kernels.packing import pack
@@ -142,6 +143,19 @@ def test_eight_bit_activations_of_a_prefill(dense, cpu, monkeypatch):
     else:
         assert 1e-3 < off < 2e-2  # a uniform error of half a 127th of some 3.5 standard deviations
     torch.testing.assert_close(layer.quant_method.apply(layer, x[:3]), want[:3], atol=1e-4, rtol=1e-4)
+
+
+def test_kernels_behind_a_norm_are_compiled_ahead(monkeypatch):
+    """Those of layers that share their input, with a residual and without."""
+    for variable, value in (("BQ_VLLM_BACKEND", "triton"), ("TRITON_INTERPRET", "1"), ("BQ_VLLM_FUSE_NORM", "1")):
+        monkeypatch.setenv(variable, value)
+    quant, x, calls = tiny.quant_config(), torch.randn(3, tiny.HIDDEN), []
+    monkeypatch.setattr(ops, "packed_linear", lambda *arguments: calls.append("packed"))
+    monkeypatch.setattr(ops, "norm_linear", lambda x, residual, *arguments: calls.append(residual))
+    for name in ("self_attn.qkv_proj", "self_attn.o_proj"):
+        layer = load(build(quant, name), name, tiny.random_tensors(quant))
+        layer.quant_method.launch(layer, x, None)
+    assert calls == ["packed", x, None, "packed"]
 
 
 ROW_SCALES = {

@@ -62,7 +62,8 @@ def test_register_is_idempotent(vllm):
     assert get_quantization_config("butterfly") is ButterflyConfig
     assert QUANTIZATION_METHODS.count("butterfly") == 1
     # or a graph compiled for one backend would be run with another one's tensors
-    assert {"BQ_VLLM_BACKEND", "BQ_VLLM_PREFILL_ACTIVATION_BITS"} <= set(compile_factors())
+    variables = {"BQ_VLLM_BACKEND", "BQ_VLLM_PREFILL_ACTIVATION_BITS", "BQ_VLLM_FUSE_NORM"}
+    assert variables <= set(compile_factors())
 
 
 def test_register_does_not_raise(vllm, monkeypatch, caplog):
@@ -260,3 +261,20 @@ def test_bits_of_activations_that_cannot_be(monkeypatch, backend, asked):
     monkeypatch.setenv("BQ_VLLM_PREFILL_ACTIVATION_BITS", asked)
     with pytest.raises(ValueError, match=f"BQ_VLLM_PREFILL_ACTIVATION_BITS={asked}"):
         select_activation_bits(backend, 16)
+
+
+@pytest.mark.parametrize(("asked", "fuses"), [("", False), ("0", False), ("1", True)])
+def test_fused_norms(monkeypatch, asked, fuses):
+    from bq_vllm.backend import select_fuse_norm
+
+    monkeypatch.setenv("BQ_VLLM_FUSE_NORM", asked)
+    assert select_fuse_norm("triton") is fuses
+
+
+@pytest.mark.parametrize(("backend", "asked"), [("triton", "yes"), ("dense", "1"), ("reference", "1")])
+def test_fused_norms_that_cannot_be(monkeypatch, backend, asked):
+    from bq_vllm.backend import select_fuse_norm
+
+    monkeypatch.setenv("BQ_VLLM_FUSE_NORM", asked)
+    with pytest.raises(ValueError, match=f"BQ_VLLM_FUSE_NORM={asked}"):
+        select_fuse_norm(backend)

@@ -15,7 +15,7 @@ from bq_kernels.format import QuantConfig, RotationConfig
 from bq_kernels.packing import pack
 from safetensors.torch import load_file, save_file
 
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 128, 192, 2, 4, 2, 512
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 128, 192, 2, 4, 2, 500  # vLLM pads to 512 tokens
 HEAD = HIDDEN // HEADS
 LINEARS = {
     "self_attn.q_proj": (HEADS * HEAD, HIDDEN),
@@ -49,14 +49,36 @@ def quant_config(
     )
 
 
-def random_tensors(quant: QuantConfig, bias: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
+def _packed(
+    quant: QuantConfig, module: str, rows: int, columns: int, size: float, g: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Tensors of a packed weight of random values of that size."""
+    tensors, bits = {}, quant.bits_of(module)
+    for suffix, spec in quant.tensors(module, columns, rows).items():
+        if suffix == "qweight":
+            value = pack(torch.randint(0, 1 << bits, (rows, columns), generator=g), bits)
+        elif suffix == "scales":
+            spread = ((4**bits - 1) / 12) ** 0.5  # of uniform codes
+            value = (0.5 + torch.rand(spec.shape, generator=g)) * size / spread
+        elif suffix == "zeros":
+            value = (2**bits - 1) / 2 + 0.5 * torch.randn(spec.shape, generator=g)
+        else:
+            value = math.pi * (2 * torch.rand(spec.shape, generator=g) - 1)
+        tensors[f"{module}.{suffix}"] = value.to(spec.dtype)
+    return tensors
+
+
+def random_tensors(
+    quant: QuantConfig, bias: bool = False, seed: int = 0, tied: bool = False
+) -> dict[str, torch.Tensor]:
     """Tensors of a random model in the format: random codes, scales and angles."""
     g = torch.Generator().manual_seed(seed)
-    tensors = {
-        "model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN, generator=g),
-        "model.norm.weight": torch.rand(HIDDEN, generator=g) + 0.5,
-        "lm_head.weight": torch.randn(VOCABULARY, HIDDEN, generator=g) * 0.3,
-    }
+    tensors = {"model.norm.weight": torch.rand(HIDDEN, generator=g) + 0.5}
+    for module, size in (("model.embed_tokens", 0.3 if tied else 1.0), ("lm_head", 0.3))[: 1 if tied else 2]:
+        if quant.packs(module):
+            tensors |= _packed(quant, module, VOCABULARY, HIDDEN, size, g)
+        else:
+            tensors[f"{module}.weight"] = torch.randn(VOCABULARY, HIDDEN, generator=g) * size
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -66,18 +88,7 @@ def random_tensors(quant: QuantConfig, bias: bool = False, seed: int = 0) -> dic
             if name.rsplit(".", 1)[-1] in quant.modules_to_not_convert:
                 tensors[f"{module}.weight"] = torch.randn(rows, columns, generator=g) / columns**0.5
                 continue
-            bits = quant.bits_of(module)
-            for suffix, spec in quant.tensors(module, columns, rows).items():
-                if suffix == "qweight":
-                    value = pack(torch.randint(0, 1 << bits, (rows, columns), generator=g), bits)
-                elif suffix == "scales":
-                    spread = ((4**bits - 1) / 12) ** 0.5  # of uniform codes
-                    value = (0.5 + torch.rand(spec.shape, generator=g)) / (spread * columns**0.5)
-                elif suffix == "zeros":
-                    value = (2**bits - 1) / 2 + 0.5 * torch.randn(spec.shape, generator=g)
-                else:
-                    value = math.pi * (2 * torch.rand(spec.shape, generator=g) - 1)
-                tensors[f"{module}.{suffix}"] = value.to(spec.dtype)
+            tensors |= _packed(quant, module, rows, columns, columns**-0.5, g)
             if bias and name.startswith("self_attn"):
                 tensors[f"{module}.bias"] = torch.randn(rows, generator=g)
         for first, *others in SHARED_INPUT:
@@ -86,7 +97,7 @@ def random_tensors(quant: QuantConfig, bias: bool = False, seed: int = 0) -> dic
     return tensors
 
 
-def model_config(bias: bool = False) -> dict:
+def model_config(bias: bool = False, tied: bool = False) -> dict:
     """config.json of the model without its quantization."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -99,7 +110,7 @@ def model_config(bias: bool = False) -> dict:
         "num_key_value_heads": KV_HEADS,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "dtype": "float32",
@@ -111,6 +122,7 @@ def write_checkpoint(
     quant: QuantConfig | None = None,
     *,
     bias: bool = False,
+    tied: bool = False,
     seed: int = 0,
     table: dict | None = None,
     edits: dict[str, torch.Tensor | None] | None = None,
@@ -121,13 +133,14 @@ def write_checkpoint(
         path: the directory.
         quant: the format; `quant_config()` by default.
         bias: whether q, k, v and o have biases.
+        tied: whether the LM head is the embedding.
         seed: seed of the weights.
         table: replaces `quantization_config` in config.json, to write bad ones.
         edits: tensors to replace, by name; None removes one.
     """
     quant = quant or quant_config()
-    tensors = random_tensors(quant, bias, seed) | (edits or {})
-    config = model_config(bias) | {"quantization_config": table or quant.to_dict()}
+    tensors = random_tensors(quant, bias, seed, tied) | (edits or {})
+    config = model_config(bias, tied) | {"quantization_config": table or quant.to_dict()}
     return _write(path, {name: value for name, value in tensors.items() if value is not None}, config)
 
 
@@ -143,17 +156,21 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], config: dict) -> Path:
     return path
 
 
-def write_lora(path: Path, rank: int = 8, seed: int = 7) -> Path:
-    """Write a random LoRA adapter for every linear layer."""
+def write_lora(path: Path, rank: int = 8, seed: int = 7, head: bool = False) -> Path:
+    """Write a random LoRA adapter for every linear layer, and perhaps the LM head."""
     g = torch.Generator().manual_seed(seed)
     tensors = {}
-    for layer, (name, (rows, columns)) in itertools.product(range(LAYERS), LINEARS.items()):
-        prefix = f"base_model.model.model.layers.{layer}.{name}"
+    layers = {
+        f"model.layers.{i}.{name}": shape for i, (name, shape) in itertools.product(range(LAYERS), LINEARS.items())
+    }
+    layers |= {"lm_head": (VOCABULARY, HIDDEN)} if head else {}
+    for name, (rows, columns) in layers.items():
+        prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, columns, generator=g) / columns**0.5
         tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, rank, generator=g) / rank**0.5
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "adapter_model.safetensors")
-    targets = [name.rsplit(".", 1)[-1] for name in LINEARS]
+    targets = sorted({name.rsplit(".", 1)[-1] for name in layers})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets}
     (path / "adapter_config.json").write_text(json.dumps(config | {"bias": "none", "lora_dropout": 0.0}))
     return path
