@@ -156,6 +156,7 @@ def main(
     vocabulary: Annotated[int, typer.Option(help="Most frequent tokens, between which the models choose.")] = 12_288,
     changes: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of a setting that all share.")] = None,
     only: Annotated[str, typer.Option(help=f"Of {', '.join(ARMS)}; all by default.")] = "",
+    minutes: Annotated[float, typer.Option(help="No arm is begun after that time.")] = float("inf"),
     out: Annotated[Path, typer.Option(help="Folder that keeps starts and measurements.")] = Path("build/training"),
     as_json: Annotated[Path | None, typer.Option("--json", help="Results; OUT/results.json by default.")] = None,
 ) -> None:
@@ -168,6 +169,7 @@ def main(
     settings |= {"vocabulary": vocabulary}
     claim_folder(out, settings | {"common": common})
     results: dict[str, dict[str, Any]] = {}
+    left_out, started = {}, time.monotonic()
     with Progress(console=Console(stderr=True)) as progress:
         small = make_small_model(model, dataset, layers, count, vocabulary, common, out, progress)
         for question in chosen:
@@ -176,10 +178,15 @@ def main(
                 rows = []
                 for seed in (0, *arm.seeds):
                     file = out / "measured" / f"{question}-{name}-{seed}.json".replace(" ", "-").replace("/", "_")
+                    if not file.exists() and time.monotonic() - started > 60 * minutes:
+                        left_out[f"{question}, {name}, seed {seed}"] = "not measured yet; run again to go on"
+                        continue
                     if not file.exists():
                         file.parent.mkdir(exist_ok=True)
                         file.write_text(json.dumps(small.measure(arm, count, seed, progress)))
                     rows.append(json.loads(file.read_text()))
+                if not rows:
+                    continue
                 results[question][name] = rows
                 console.print(f"{question}, {name}: {[round(row['after'], 4) for row in rows]}")
     record = {
@@ -189,5 +196,6 @@ def main(
         "share_of_vocabulary": small.vocabulary.share,
         "settings": settings | {"model": model.name, "dataset": dataset_name(dataset), "common": common},
         "results": results,
+        "left_out": left_out,
     }
     finish(console, record, as_json or out / "results.json", [table := table_of(record)], markdown=table)
