@@ -89,6 +89,11 @@ def convert(
 ) -> dict[str, Any]:
     """Bring a checkpoint of another package into the format, every weight the same number; refuse what cannot be.
 
+    >>> from bq_calibration import convert
+    >>> report = convert("tiny-llama-gptq", "tiny-llama-converted")
+    >>> report["conversion"]["method"], report["totals"]["bits_per_weight"]
+    ('GPTQ, packed as gptq', 3.0)
+
     Args:
         source: folder or hub name of a checkpoint of GPTQ, AutoRound, AWQ or compressed-tensors, or a GGUF file.
         out: folder to write; must not exist.

@@ -32,7 +32,7 @@ def describe(folder: Path) -> dict[str, Any]:
     except FormatError as error:
         raise UserError(str(error)) from error
     verified = verify(folder)
-    _check_tokenizer(folder)
+    check_tokenizer(folder)
     return {
         "checkpoint": str(folder),
         "quantization_config": verified.config.to_dict(),
@@ -56,8 +56,12 @@ def describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def _check_tokenizer(folder: Path) -> None:
-    """Refuse a checkpoint whose tokenizer is missing or broken."""
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a checkpoint whose tokenizer is missing or broken.
+
+    Raises:
+        UserError: naming the folder.
+    """
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
         raise UserError(f"{folder}: no tokenizer (tokenizer.json, tokenizer.model, …); copy that of the 16-bit model")
     try:

@@ -22,6 +22,7 @@ from bq_calibration.model import SourceModel
 from bq_calibration.recipes import RECIPES, Recipe, flag
 from rich.console import Console
 
+from . import foreign
 from .conftest import make_model
 from .test_calibrate import run
 
@@ -75,6 +76,9 @@ def test_docstring_examples(name, tmp_path, monkeypatch, text):
     (tmp_path / "text.txt").write_text(text.read_text())
     monkeypatch.chdir(tmp_path)
     function = getattr(bq_calibration, name)
+    if name == "convert":
+        layers, config = foreign.random_layers(Path("tiny-llama"), 2, 32), {"quant_method": "gptq", "bits": 2}
+        foreign.write(Path("tiny-llama"), Path("tiny-llama-gptq"), layers, foreign.gptq(1), config)
     if name == "inspect":
         bq_calibration.calibrate("tiny-llama", "tiny-llama-bq2", dataset="text.txt", **SMALL)
     examples = doctest.DocTestFinder().find(function, name, globs={})

@@ -6,11 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import bq_calibration.hf  # noqa: F401 teaches transformers the format
+import numpy
 import pytest
 import torch
 from bq_calibration import cli, convert, inspect
 from bq_calibration.errors import UserError
-from bq_calibration.hf import ButterflyLinear
+from bq_calibration.packed_modules import ButterflyLinear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,7 +41,7 @@ def assert_exact(model: Path, layers: dict[str, foreign.Layer], checkpoint: Path
     found = packed_layers(loaded)
     assert set(found) == set(layers)
     for name, layer in layers.items():
-        assert torch.equal(found[name].to_linear(torch.float32).weight, layer.weight().float()), name
+        assert torch.equal(found[name].to_dense(torch.float32).weight, layer.weight().float()), name
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         for name, layer in layers.items():
@@ -255,6 +256,13 @@ def test_refused_layers(tmp_path, model, layers, message):
     refuse(plain_gptq(model, tmp_path / "source", layers(model)), message)
 
 
+def test_compressed_columns_out_of_order(tmp_path, model):
+    layers = foreign.random_layers(model, 4, 32)
+    source = foreign.write(model, tmp_path / "source", layers, foreign.compressed(), COMPRESSED)
+    order = torch.arange(foreign.WIDTH, dtype=torch.int32) // 32
+    refuse(edited(source, lambda tensors: tensors.update({f"{DOWN}.weight_g_idx": order.flip(0)})), "actorder group")
+
+
 def test_zero_points_that_packages_read_in_different_ways(tmp_path, model):
     layers = foreign.random_layers(model, 4, 32)
     source = foreign.write(model, tmp_path / "source", layers, foreign.gptq(1), GPTQ | {"bits": 4})
@@ -275,6 +283,7 @@ CONFIGS = [
     ({"quant_method": "butterfly"}, "already"),
     (COMPRESSED | {"format": "int-quantized"}, "format 'int-quantized'"),
     (COMPRESSED | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+    (COMPRESSED | {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "transform_config"),
     (COMPRESSED | {"config_groups": {"group_0": GROUP | {"input_activations": {"num_bits": 8}}}}, "weight-only"),
     (COMPRESSED | {"config_groups": {"group_0": GROUP | {"weights": {"type": "float"}}}}, "type 'float'"),
 ]
@@ -285,16 +294,28 @@ def test_refused_settings(tmp_path, model, config, message):
     refuse(foreign.write(model, tmp_path / "source", {}, foreign.compressed(), config), message)
 
 
-@pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q8_0"])
-def test_refused_gguf_types(tmp_path, model, kind):
+REASONS = {
+    "Q4_1": "a minimum per group",
+    "Q5_0": "more than 4 bits",
+    "Q8_0": "more than 4 bits",
+    "Q2_K": "groups of 16",
+    "Q6_K": "groups of 16",
+    "Q4_K": "scales that are products",
+    "IQ2_XXS": "levels of a code book",
+    "IQ4_XS": "levels of a code book",
+    "MXFP4": "levels that are not evenly spaced",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_refused_gguf_types(tmp_path, model, kind, monkeypatch):
     gguf = pytest.importorskip("gguf")
-    layers = foreign.gguf_layers(model, "Q4_0")
-    foreign.GGUF_TYPES[kind] = (gguf.GGMLQuantizationType[kind].value, 32, 0, 0, None)
-    try:
-        source = foreign.write_gguf(model, tmp_path / "tiny.gguf", layers, kind)
-    finally:
-        del foreign.GGUF_TYPES[kind]
-    refuse(source, rf"blk.0.attn_q.weight: type {kind} has (a minimum|more than 4 bits)")
+    type_id = gguf.GGMLQuantizationType[kind]
+    size, nbytes = gguf.GGML_QUANT_SIZES[type_id]
+    blocks = lambda codes, scales: numpy.zeros((len(codes), nbytes), numpy.uint8)  # noqa: E731
+    monkeypatch.setitem(foreign.GGUF_TYPES, kind, (int(type_id), size, 0, 0, blocks))
+    source = foreign.write_gguf(model, tmp_path / "tiny.gguf", foreign.gguf_layers(model, "TQ2_0"), kind)
+    refuse(source, f"blk.0.attn_q.weight: type {kind} has {REASONS[kind]}")
 
 
 @pytest.mark.parametrize(
@@ -335,6 +356,12 @@ def test_gguf_beside_its_config(tmp_path, model):
     assert_exact(qwen, layers, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (qwen / "tokenizer.json").read_bytes()
     assert not (tmp_path / "out" / "tiny.gguf").exists()
+
+
+def test_a_source_without_its_tokenizer(tmp_path, model):
+    source = plain_gptq(model, tmp_path / "source", foreign.random_layers(model, 2, 32))
+    (source / "tokenizer.json").unlink()
+    refuse(source, "no tokenizer")
 
 
 # ---- the run

@@ -1,7 +1,7 @@
 """EfficientQAT's own packing (arXiv 2407.11062, `int_linear_real`): GPTQ's tensors with words of whole codes.
 
-A word of 3-bit codes holds ten of them and two unused bits, in `qweight` along K and in `qzeros` along N. `qzeros` holds
-z. config.json says nothing of quantization.
+A word of 3-bit codes holds ten of them and two unused bits, in `qweight` along K and in `qzeros` along N. `qzeros`
+holds z. config.json says nothing of quantization.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..architecture import input_groups
 from ..errors import UserError, explain
 from ..files import copy_carried, read_json
+from ..inspection import check_tokenizer
 from ..model import hub_name
 from ..skeleton import empty_model
 from .gguf_file import BLOCK_TYPES, GgufFile
@@ -53,6 +54,7 @@ class GgufSource(Source):
                 raise UserError(f"{beside}: is of another quantized model; put the original's beside {file.name}")
             with explain(f"{beside}: transformers cannot read it"):
                 config = AutoConfig.from_pretrained(self.folder)
+            check_tokenizer(self.folder)
         else:
             config, self._tokenizer = self._from_metadata()
             self.config_dict = json.loads(config.to_json_string())

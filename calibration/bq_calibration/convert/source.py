@@ -15,6 +15,7 @@ from ..architecture import input_groups
 from ..checkpoint import quantized_layers
 from ..errors import UserError, explain
 from ..files import copy_carried
+from ..inspection import check_tokenizer
 from ..model import hub_name
 from ..skeleton import decoder_name, empty_model, model_names, other_parts
 from ..store import FLOATS, TensorStore
@@ -141,6 +142,7 @@ class FolderSource(Source):
                 del parsed.quantization_config
             self.skeleton = empty_model(parsed)
         check_text_model(folder, self.skeleton)
+        check_tokenizer(folder)
         self.store.rename(model_names(folder, self.store.names(), self.skeleton))
         linears = self.model_layers()
         self.layers = {
