@@ -108,7 +108,7 @@ def convert(
         UserError: naming what the format cannot hold exactly, before anything is written.
     """
     from .console import make_progress
-    from .convert.pipeline import Conversion
+    from .conversion.pipeline import Conversion
 
     with make_progress(progress) as bars:
         return Conversion(source, out, method, resume).run(bars)

@@ -13,7 +13,7 @@ from .model import SourceModel
 from .skeleton import auto_class
 
 if TYPE_CHECKING:
-    from .convert.source import Source
+    from .conversion.source import Source
 
 _CONVERTED = """# {name}, {bits}-bit integers in the butterfly format
 

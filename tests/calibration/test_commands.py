@@ -176,3 +176,9 @@ def test_a_text_file_needs_no_package_for_datasets(tmp_path, monkeypatch):
     assert load_documents(str(text), "test") == ["some words"]
     with pytest.raises(UserError, match="datasets"):
         load_documents(str(rows), "test")
+
+
+def test_functions_stay_functions():
+    """No module of the package has the name of a function, which it would hide once it is imported."""
+    modules = {path.stem for path in Path(bq_calibration.__file__).parent.iterdir()}
+    assert not modules & set(bq_calibration.__all__)

@@ -368,7 +368,7 @@ def test_a_source_without_its_tokenizer(tmp_path, model):
 
 
 def test_shards_and_resuming_end_at_the_same_bytes(tmp_path, model, monkeypatch):
-    import bq_calibration.convert.pipeline as pipeline
+    import bq_calibration.conversion.pipeline as pipeline
     import bq_calibration.export as export
 
     monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
