@@ -56,7 +56,7 @@ def test_smooth_gradient_is_steepest_between_levels():
 def test_ablations(run, model, text, tmp_path):
     out, file = tmp_path / "out", tmp_path / "found.json"
     small = ("--layers", 1, "--tokens", "2k", "--vocabulary", 40)
-    changes = dict(samples=4, seqlen=32, tokens_per_step=128, group_size=32, rotation_block=32)
+    changes = dict(samples=4, seqlen=32, tokens_per_step=128, group_size=32, rotation_block=32, code_lr=0.1)
     small += tuple(part for name, value in changes.items() for part in ("--set", f"{name}={value}"))
     only = "base,loss,end,gradient of rounding,embedding"
     run("training.py", model, "--dataset", text, *small, "--only", only, "--out", out, "--json", file)
