@@ -213,18 +213,16 @@ class SourceModel:
     def embedding_names(self) -> tuple[str, ...]:
         """Full names of the embedding and the LM head; of the embedding alone, where the head is tied to it.
 
-        Raises:
-            UserError: if config.json ties them and the files hold two different ones.
+        A head of its own in the files counts, whatever config.json says: transformers does the same.
         """
         embedding, head = f"{self.decoder_name}.{EMBEDDING}", f"{HEAD}.weight"
-        if head not in self.skeleton.all_tied_weights_keys:
-            return embedding, HEAD
-        if head in self.store and not torch.equal(self.store.get(head), self.store.get(f"{embedding}.weight")):
-            raise UserError(
-                f"{self.folder}: config.json ties the LM head to the embedding, but {head} differs from it; "
-                "set tie_word_embeddings to false"
-            )
-        return (embedding,)
+        own = head in self.store and not torch.equal(self.store.get(head), self.store.get(f"{embedding}.weight"))
+        return (embedding, HEAD) if own or not self.ties_head else (embedding,)
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether config.json ties the LM head to the embedding."""
+        return f"{HEAD}.weight" in self.skeleton.all_tied_weights_keys
 
     @property
     def head_prefix(self) -> str:

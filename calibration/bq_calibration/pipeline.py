@@ -204,6 +204,11 @@ class Calibration:
         """The checkpoint's format, checked against the shapes of the model's layers."""
         block = self.source.empty_block(0)
         embeddings = packed_embeddings(self.recipe, self.source.embedding_names, self.source.name)
+        if embeddings and self.source.ties_head and len(self.source.embedding_names) == 2:
+            raise UserError(
+                f"{self.source.folder}: config.json ties the LM head to the embedding, but lm_head.weight differs from "
+                "it; set tie_word_embeddings to false"
+            )
         widths = {group: block.in_features(group) for group in block.groups}
         config = quant_config(self.recipe, widths, embeddings)
         kept = (*config.modules_to_not_convert, *self.source.other_parts)
