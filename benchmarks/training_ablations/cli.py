@@ -99,8 +99,7 @@ class SmallModel:
         packed = TensorStore(folder)
         plan = training_plan(self.source, recipe, 10**11)
         curve, started = Curve(), time.monotonic()
-        steps = -(-tokens // (plan.samples_per_step * recipe.seqlen))
-        with in_place(arm, steps, self.vocabulary) as made:
+        with in_place(arm, recipe.train_steps, self.vocabulary) as made:
             before = held_out(end_to_end.Student(self.source, config, packed), self.text, self.teacher)
             _, report = train_model(
                 self.source,

@@ -16,7 +16,7 @@ from .architecture import InputGroup, input_groups
 from .compute import dtype_name
 from .errors import UserError, explain
 from .files import read_json
-from .skeleton import decoder_name, empty_model, model_names
+from .skeleton import decoder_name, empty_model, model_names, tied_head
 from .store import FLOATS, TensorStore
 
 REPORT = "bq_report.json"
@@ -50,11 +50,6 @@ def quantized_layers(
                 if not config.skips(full):
                     layers[full] = (model.get_submodule(full), group)
     return layers
-
-
-def tied_head(model: PreTrainedModel) -> bool:
-    """Whether a model's LM head is its embedding."""
-    return f"{HEAD}.weight" in model.all_tied_weights_keys
 
 
 def packed_embeddings(model: PreTrainedModel, config: QuantConfig) -> dict[str, nn.Module]:

@@ -30,13 +30,8 @@ from .train import Curve, Training
 from .training_plan import TrainingPlan, training_plan
 from .workspace import STABLE, Workspace
 
-RATES = {
-    "codes": 5e-3,
-    "scales": 5e-3,
-    "zeros": 5e-3,
-    "angles": 2e-3,
-    "norms": 5e-4,
-}  # peaks; codes: in steps of theirs
+# peak Adam learning rates by kind of parameter; that of codes is a setting of the recipe
+RATES = {"scales": 5e-3, "zeros": 5e-3, "angles": 2e-3, "norms": 5e-4}
 LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**30}  # of one model's logits that are in memory at a time
 CURVE = "training.jsonl"  # a line per step
 MEASUREMENTS = 10  # of the divergence on held-out text, spread over a training
@@ -207,7 +202,7 @@ def train_model(
         saved: folders of `Training`: `saved` and `stable`.
         curve: takes the losses.
         progress: shows a bar.
-        rates: peak Adam learning rates by kind of parameter; the codes' is the recipe's.
+        rates: of all but the codes, see RATES.
 
     Returns:
         the tensors that the checkpoint holds now in place of `packed`, and for the report the course of the training.

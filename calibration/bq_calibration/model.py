@@ -21,7 +21,7 @@ from .block import Block
 from .compute import compute_dtypes
 from .errors import UserError, explain
 from .files import WEIGHTS, read_json
-from .skeleton import decoder_name, empty_model, model_names, other_parts
+from .skeleton import decoder_name, empty_model, model_names, other_parts, tied_head
 from .store import FLOATS, TensorStore
 
 logger = logging.getLogger(__name__)
@@ -216,13 +216,10 @@ class SourceModel:
         A head of its own in the files counts, whatever config.json says: transformers does the same.
         """
         embedding, head = f"{self.decoder_name}.{EMBEDDING}", f"{HEAD}.weight"
+        if not tied_head(self.skeleton):
+            return embedding, HEAD
         own = head in self.store and not torch.equal(self.store.get(head), self.store.get(f"{embedding}.weight"))
-        return (embedding, HEAD) if own or not self.ties_head else (embedding,)
-
-    @property
-    def ties_head(self) -> bool:
-        """Whether config.json ties the LM head to the embedding."""
-        return f"{HEAD}.weight" in self.skeleton.all_tied_weights_keys
+        return (embedding, HEAD) if own else (embedding,)
 
     @property
     def head_prefix(self) -> str:

@@ -10,8 +10,9 @@ from bq_kernels.reference import angles_of, dense_weight
 from torch import nn
 from transformers import PreTrainedModel
 
-from .checkpoint import packed_embeddings, quantized_layers, tied_head
+from .checkpoint import packed_embeddings, quantized_layers
 from .errors import UserError
+from .skeleton import tied_head
 
 
 def runs_kernels(device: torch.device) -> bool:

@@ -26,6 +26,7 @@ from .quantize_embeddings import quantize_embeddings
 from .recipes import Recipe, packed_embeddings, quant_config
 from .report import run_facts, write_report
 from .sensitivity import mixed_bits
+from .skeleton import tied_head
 from .store import TensorStore
 from .training_plan import free_memory
 from .training_text import check_training_text, training_rows
@@ -204,7 +205,7 @@ class Calibration:
         """The checkpoint's format, checked against the shapes of the model's layers."""
         block = self.source.empty_block(0)
         embeddings = packed_embeddings(self.recipe, self.source.embedding_names, self.source.name)
-        if embeddings and self.source.ties_head and len(self.source.embedding_names) == 2:
+        if embeddings and tied_head(self.source.skeleton) and len(self.source.embedding_names) == 2:
             raise UserError(
                 f"{self.source.folder}: config.json ties the LM head to the embedding, but lm_head.weight differs from "
                 "it; set tie_word_embeddings to false"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from bq_kernels.format import HEAD
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from .architecture import MULTIMODAL
@@ -47,6 +48,11 @@ def decoder_name(model: PreTrainedModel) -> str:
     """Name of the decoder inside a model: `model`, or `model.language_model` in a multimodal one."""
     decoder = model.get_decoder()
     return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def tied_head(model: PreTrainedModel) -> bool:
+    """Whether a model's LM head is its embedding."""
+    return f"{HEAD}.weight" in model.all_tied_weights_keys
 
 
 def other_parts(model: PreTrainedModel) -> tuple[str, ...]:

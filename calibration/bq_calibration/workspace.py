@@ -23,9 +23,9 @@ from .files import write_json, write_tensors
 BEAT = 5.0  # seconds between marks of the clock
 SETTINGS = "settings.json"
 STABLE = "train.stable"  # the state of a training before its learning rates fell
-# of a shorter run: what a longer one does not take over; its text may have fewer samples
+# of a shorter run: what a longer one does not take over; plan and teacher are of a text with fewer samples
 _OWN = (SETTINGS, "lock", "clock.json", "train.state", "training.jsonl", "train", "embeddings", "final")
-_OF_THE_TEXT = ("plan", "teacher.safetensors")
+_OWN += ("plan", "teacher.safetensors")
 _MAY_DIFFER = "train_tokens"
 
 
@@ -173,7 +173,7 @@ class Workspace:
         with explain_write(self.path):
             for file in (file for file in folder.rglob("*") if file.is_file()):
                 place = file.relative_to(folder)
-                if place.parts[0] not in (*_OWN, *_OF_THE_TEXT):
+                if place.parts[0] not in _OWN:
                     (self.path / place).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, self.path / place)
 

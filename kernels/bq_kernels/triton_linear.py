@@ -48,9 +48,7 @@ from .triton_rotate_int8 import rotate_to_int8
 LAUNCH_TABLE = Path(__file__).with_name("launch.json")
 NOT_MEASURED = ", not measured"  # ends the name of an entry whose lines no GPU has run
 STREAMS, COUNTERS = 16, 1 << 15  # streams with counters of their own; programs of one launch that share sums
-MOST_DENSE = (
-    1 << 28
-)  # weights that `dense` dequantizes at a time: all of a decoder layer's, a part of a large LM head's
+MOST_DENSE = 1 << 28  # weights that `dense` dequantizes at a time: a part of a large LM head's
 
 
 @dataclass(frozen=True)
