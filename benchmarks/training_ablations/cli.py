@@ -19,7 +19,7 @@ import torch
 import typer
 from bq_calibration import end_to_end
 from bq_calibration.data import calibration_tokens, dataset_name
-from bq_calibration.end_to_end import RATES, TrainingText, held_out, train_model
+from bq_calibration.end_to_end import TrainingText, held_out, train_model
 from bq_calibration.model import SourceModel
 from bq_calibration.pipeline import Calibration
 from bq_calibration.quantize_blocks import BLOCKS, quantize_blocks
@@ -78,7 +78,16 @@ class SmallModel:
     def start(self, recipe: Recipe, progress: Progress) -> tuple[QuantConfig, Path]:
         """The rounded model of a recipe, made unless it is there, seed 0: its format and the folder of its tensors."""
         base = Recipe()
-        training = ("train_tokens", "train_codes", "tokens_per_step", "schedule", "code_lr", "optimizer_bits", "seed")
+        training = (
+            "train_tokens",
+            "train_codes",
+            "tokens_per_step",
+            "schedule",
+            "train_lr",
+            "code_lr",
+            "optimizer_bits",
+            "seed",
+        )
         rounding = dataclasses.replace(recipe, **{name: getattr(base, name) for name in training})
         name = "-".join(f"{key}={value}" for key, value in rounding.to_dict().items() if value != getattr(base, key))
         work = Workspace(self.out / "starts" / name.replace("/", "_"), resume=True)
@@ -112,7 +121,7 @@ class SmallModel:
                 (None, None),
                 curve,
                 progress,
-                RATES | arm.rates,
+                arm.rates,
             )
         seconds = time.monotonic() - started
         made[-1].take_average()

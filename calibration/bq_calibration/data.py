@@ -80,6 +80,10 @@ def reading(dataset: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except ImportError as error:
+        raise UserError(
+            f"{dataset}: cannot be read without the package {error.name}: pip install {error.name}"
+        ) from error
     except Exception as error:
         hint = " (an empty or damaged file?)" if Path(dataset).is_file() else "; without a network, give a local file"
         words = " ".join(str(error.__cause__ or error).split())

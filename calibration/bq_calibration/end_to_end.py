@@ -30,8 +30,8 @@ from .train import Curve, Training
 from .training_plan import TrainingPlan, training_plan
 from .workspace import STABLE, Workspace
 
-# peak Adam learning rates by kind of parameter; that of codes is a setting of the recipe
-RATES = {"scales": 5e-3, "zeros": 5e-3, "angles": 2e-3, "norms": 5e-4}
+# peak Adam learning rates by kind of parameter, as shares of the recipe's; codes have one of their own
+RATES = {"scales": 1.0, "zeros": 1.0, "angles": 0.4, "norms": 0.1}
 LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**30}  # of one model's logits that are in memory at a time
 CURVE = "training.jsonl"  # a line per step
 MEASUREMENTS = 10  # of the divergence on held-out text, spread over a training
@@ -187,7 +187,7 @@ def train_model(
     saved: tuple[Path | None, Path | None],
     curve: Curve,
     progress: Progress,
-    rates: dict[str, float] = RATES,
+    rates: dict[str, float] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Train scales, zeros, angles and norms, and the codes too if the recipe says so.
 
@@ -202,12 +202,12 @@ def train_model(
         saved: folders of `Training`: `saved` and `stable`.
         curve: takes the losses.
         progress: shows a bar.
-        rates: of all but the codes, see RATES.
+        rates: peak learning rates that differ from the recipe's, by kind of parameter.
 
     Returns:
         the tensors that the checkpoint holds now in place of `packed`, and for the report the course of the training.
     """
-    rates = rates | {"codes": recipe.code_lr}
+    rates = {kind: share * recipe.train_lr for kind, share in RATES.items()} | {"codes": recipe.code_lr} | (rates or {})
     student, size = _make_student(source, config, recipe, packed, text, plan), plan.samples_per_step
     tokens_per_step = size * text.tokens.shape[1]
 

@@ -120,6 +120,13 @@ class Recipe:
         "Learning rates fall all the way, or (wsd) in the last fifth: such a run can be extended.",
         choices=SCHEDULES,
     )
+    train_lr: float = _setting(
+        5e-3,
+        TRAINING,
+        "Peak learning rate of scales and zeros in end-to-end training; angles take 0.4 of it, norms 0.1.",
+        least=0,
+        most=1,
+    )
     code_lr: float = _setting(
         5e-3, TRAINING, "Peak learning rate of codes in end-to-end training, in steps of theirs.", least=0, most=1
     )
@@ -213,7 +220,7 @@ RECIPES: dict[str, Recipe] = {
         train_tokens=327_680,
     ),
     # codes trained end to end on as many tokens as a GPU gets through in minutes to hours; blocks need no training of
-    # their own then. Not measured: no GPU has run it
+    # their own then. The rates are those that a study on an H100 found for so many steps (docs/results.md)
     "max": Recipe(
         rotation="hadamard",
         refine=2,
@@ -222,6 +229,8 @@ RECIPES: dict[str, Recipe] = {
         train_tokens=30_000_000,
         train_codes=True,
         tokens_per_step=32_768,
+        train_lr=1e-3,
+        code_lr=2e-3,
         schedule="wsd",
         mix="c4:2,wikitext2:1,self:4",
     ),

@@ -300,6 +300,13 @@ def test_bad_data_files(name, content, message, refused, tmp_path, model):
     refused(model, message, dataset=file)
 
 
+def test_a_missing_package_is_named(refused, tmp_path, model, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n')
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    refused(model, "rows.jsonl: cannot be read without the package datasets: pip install datasets", dataset=file)
+
+
 def bos_tokenizer(folder: Path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     from tokenizers.processors import TemplateProcessing
