@@ -144,22 +144,24 @@ def _serving(plan: Plan) -> Step:
     )
 
 
-def _training(plan: Plan) -> Step:
-    """The ladder of tokens on a real model; in a rehearsal on the random one of the step `calibration`."""
-    work, result = plan.out / "calibration", plan.out / "training.json"
+def _training(plan: Plan, name: str, purpose: str, rungs: str, **changed: object) -> Step:
+    """A ladder of tokens on a real model; in a rehearsal on the random one of the step `calibration`."""
+    work, result = plan.out / "calibration", plan.out / f"{name}.json"
     model, text = plan.model or work / "fp16", work / "text.txt"
-    changes: dict[str, object] = {"dataset": plan.mix, "mix": plan.mix}
+    changes = {"dataset": plan.mix, "mix": plan.mix} | changed
     windows: tuple[object, ...] = ()
     if plan.rehearse:
-        changes = {"dataset": text, "mix": text, "samples": 4, "seqlen": 32, "held_out": 2, "tokens_per_step": 128}
+        changes |= {"dataset": text, "mix": text, "samples": 4, "seqlen": 32, "held_out": 2, "tokens_per_step": 128}
         windows = ("--context", 32, "--windows", 2)
     settings = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
-    rungs, tests = ("1k,2k", text) if plan.rehearse else ("4M,12M,30M", plan.tests)
+    rungs, tests = ("1k,2k", text) if plan.rehearse else (rungs, plan.tests)
     common = ("--recipe", "max", "--rungs", rungs, "--perplexity", tests, *windows, "--minutes", MINUTES)
     return Step(
-        name="training",
-        purpose="perplexity by tokens of end-to-end training",
-        command=plan.script("ladder.py", model, *common, *settings, "--out", plan.out / "ladder", "--json", result),
+        name=name,
+        purpose=purpose,
+        command=plan.script(
+            "ladder.py", model, *common, *settings, "--out", plan.out / f"{name}-ladder", "--json", result
+        ),
         seconds=540,
         least=120,
         needs=(model, text) if plan.rehearse else (GPU, plan.model or "--model, --mix and --tests"),
@@ -186,7 +188,8 @@ def _model_steps(plan: Plan) -> list[Step]:
             needs=gpu,
             result=out / "calibration.json",
         ),
-        _training(plan),
+        _training(plan, "training", "perplexity by tokens of end-to-end training", "4M,12M,30M"),
+        _training(plan, "rotation", "the same with a learned rotation", "12M", rotation="butterfly"),
         Step("sanitizer", "every kernel under compute-sanitizer", (*sanitizer, *tiny), 90, 30, (GPU, sanitizer[0])),
         Step(
             name="parity",

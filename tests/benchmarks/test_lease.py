@@ -184,7 +184,18 @@ def test_launches_of_an_earlier_lease_are_used(tmp_path):
 def test_steps(tmp_path, rehearse):
     every = steps(Plan(tmp_path, rehearse))
     assert [step.name for step in every] == [
-        *("tests", "errors", "tune", "kernels", "layer", "vocabulary", "serving", "calibration", "training"),
+        *(
+            "tests",
+            "errors",
+            "tune",
+            "kernels",
+            "layer",
+            "vocabulary",
+            "serving",
+            "calibration",
+            "training",
+            "rotation",
+        ),
         *("sanitizer", "parity"),
     ]
     assert all(step.least <= step.seconds <= 540 for step in every)
