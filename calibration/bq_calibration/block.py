@@ -65,6 +65,22 @@ class InputStatistics:
         parallel.add_up(value for value in sums if value is not None)
         self.tokens = tokens.item()
 
+    @classmethod
+    def together(cls, statistics: list[InputStatistics]) -> InputStatistics:
+        """Those of all inputs that several of them have seen."""
+        whole = cls(len(statistics[0]._magnitude), statistics[0]._outer.device)
+        for each in statistics:
+            whole.tokens += each.tokens
+            whole._outer += each._outer
+            whole._magnitude += each._magnitude
+            whole._rows += each._rows
+        return whole
+
+    def topped_up(self, hessian: torch.Tensor, tokens: float) -> torch.Tensor:
+        """The Hessian as if so many more tokens had been seen whose Hessian is `hessian` [K, K]."""
+        lower = self._outer.tril().add_(hessian.tril(), alpha=tokens).div_(self.tokens + tokens)
+        return lower.add_(lower.tril(-1).T)
+
     @property
     def hessian(self) -> torch.Tensor:
         """Mean of x xᵀ over tokens, float32 [K, K]: the Hessian of the layer's squared output error, up to a factor."""
@@ -245,9 +261,31 @@ class Block:
             for x, x16 in zip(self.inputs(hidden, group), wanted, strict=True):
                 statistics.add(x, x16)
         statistics.add_up()
+        self._check(statistics, group)
+        return statistics
+
+    @torch.no_grad()
+    def capture_experts(self, hidden: torch.Tensor, group: InputGroup) -> list[InputStatistics]:
+        """Statistics of the inputs of every expert, of the tokens that are routed to it, in all processes.
+
+        Args:
+            hidden: as for `capture`.
+            group: of layers of experts.
+
+        Raises:
+            UserError: as for `capture`.
+        """
+        with self.observe(group.parts()) as found:
+            for part in self._batches(hidden):
+                self.forward(part)
+        for statistics in found.values():
+            statistics.add_up()
+        self._check(InputStatistics.together(list(found.values())), group)
+        return list(found.values())
+
+    def _check(self, statistics: InputStatistics, group: InputGroup) -> None:
         if not bool(torch.isfinite(statistics.mean_abs).all()):
             raise UserError(f"block {self.index}, {group.name}: the inputs hold NaN or infinity; is the model sound?")
-        return statistics
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,10 @@ def read_config(folder: Path) -> tuple[dict[str, Any], QuantConfig]:
         raise UserError(f"{file}: {error}") from error
 
 
-def quantized_layers(
-    model: PreTrainedModel, model_type: str, config: QuantConfig
-) -> dict[str, tuple[nn.Linear, InputGroup]]:
+def quantized_layers(model: PreTrainedModel, config: QuantConfig) -> dict[str, tuple[nn.Linear, InputGroup]]:
     """The linear layers of a (possibly empty) model that are stored packed, by full name, with their input group."""
     layers, decoder = {}, decoder_name(model)
-    for group in input_groups(model_type):
+    for group in input_groups(model.config):
         for index in range(len(model.get_submodule(decoder).layers)):
             for name in group.layers:
                 full = f"{decoder}.layers.{index}.{name}"
@@ -110,7 +108,7 @@ def verify(folder: Path, dtypes: set[str] | None = None) -> Verified:
     names = model_names(folder, store.names(), model)
     store.rename({name: name if name.startswith(own) else known for name, known in names.items()})
     tied = set(model.all_tied_weights_keys)
-    layers, embeddings = quantized_layers(model, data.get("model_type", ""), config), packed_embeddings(model, config)
+    layers, embeddings = quantized_layers(model, config), packed_embeddings(model, config)
     shapes = {name: tuple(layer.weight.shape) for name, (layer, _) in layers.items()}
     tables = {name: tuple(module.weight.shape) for name, module in embeddings.items()}
     try:

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import verify
 from .errors import UserError
+from .experts import split_experts
 from .packed_modules import pack, unpack
 from .skeleton import other_parts
 
@@ -60,6 +61,7 @@ class ButterflyHfQuantizer(HfQuantizer):
             )
         config: QuantConfig = self.quantization_config.parsed
         self._dtype = model.get_input_embeddings().weight.dtype
+        split_experts(model)
         pack(model, config)
         # float16 values of the format stay exact in a bfloat16 model
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "scales", "zeros", "angles"}

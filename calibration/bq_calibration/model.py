@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from . import parallel
-from .architecture import input_groups
+from .architecture import check_architecture, input_groups
 from .block import Block
 from .compute import compute_dtypes
 from .errors import UserError, explain
@@ -85,12 +85,12 @@ class SourceModel:
         if quantization := self.config_dict.get("quantization_config"):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UserError(f"{self.folder}: already quantized ({method}); calibration starts from the 16-bit model")
-        self.groups = input_groups(self.config_dict.get("model_type", "without a model_type"))
+        check_architecture(self.config_dict.get("model_type", "without a model_type"))
         self.store = TensorStore.of_model(self.folder)
         with explain(f"{self.folder / 'config.json'}: transformers cannot read it"):
             self.config = AutoConfig.from_pretrained(self.folder)
             self.skeleton = empty_model(self.config)
-        self.text_config = self.config.get_text_config()
+        self.text_config, self.groups = self.config.get_text_config(), input_groups(self.config)
         self.decoder_name, self.other_parts = decoder_name(self.skeleton), other_parts(self.skeleton)
         self.decoder = self.skeleton.get_submodule(self.decoder_name)
         self._replaced: dict[str, torch.Tensor] = {}

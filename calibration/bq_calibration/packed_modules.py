@@ -172,7 +172,7 @@ def pack(model: PreTrainedModel, config: QuantConfig) -> None:
     Raises:
         UserError: if the embedding cannot be packed.
     """
-    for name, (linear, _) in quantized_layers(model, model.config.model_type, config).items():
+    for name, (linear, _) in quantized_layers(model, config).items():
         model.set_submodule(name, ButterflyLinear(config, name, linear))
     tied = tied_head(model)
     for name, module in packed_embeddings(model, config).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from .quantize import Quantized, corrected, output_energy, refine, round_gptq, r
 from .recipes import Recipe
 from .rotation import MOST_ROWS, ButterflyRotation, RotationProblem, initial_angles, learn_rotation
 from .sampling import derive_seed, spread_rows
+
+logger = logging.getLogger(__name__)
+# The Hessian of an expert counts tokens of all experts beside its own, as many as a quarter of its inputs: one of fewer
+# tokens than inputs is singular, one of several times as many hardly changes
+TOP_UP = 0.25
 
 
 def quantize_block(
@@ -41,8 +47,12 @@ def quantize_block(
     tensors: dict[str, torch.Tensor] = {}
     reports = []
     for place, group in enumerate(block.groups):
-        statistics, seed = block.capture(hidden, group, original), derive_seed(recipe.seed, block.index, place)
-        quantize = functools.partial(_quantize_group, block, group, statistics, config, recipe, seed)
+        seed = derive_seed(recipe.seed, block.index, place)
+        if group.experts:
+            function, statistics = _quantize_experts, block.capture_experts(hidden, group)
+        else:
+            function, statistics = _quantize_group, block.capture(hidden, group, original)
+        quantize = functools.partial(function, block, group, statistics, config, recipe, seed)
         found, report = parallel.from_first(quantize)
         tensors |= found
         block.install(tensors, config, [group])
@@ -64,6 +74,54 @@ def _quantize_group(
     facts = {"block": block.index, "layers": group.name, "in_features": weight.shape[1], "bits": bits}
     outliers = _input_report(statistics.sample, angles, block_size)
     return tensors, facts | errors | {"learning_curve": losses} | outliers
+
+
+def _quantize_experts(
+    block: Block, group: InputGroup, statistics: list[InputStatistics], config: QuantConfig, recipe: Recipe, seed: int
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """As `_quantize_group`: one rotation for the layers of all experts, and each expert rounded for its own tokens.
+
+    An expert that few tokens reach is rounded for what all experts see, too (TOP_UP). Errors are means over experts.
+    """
+    parts, together = group.parts(), InputStatistics.together(statistics)
+    bits, block_size = config.bits_of(block.prefix + group.layers[0]), config.rotation.block(group.layers[0])
+    hessian, sample = together.hessian, together.sample
+    features = len(hessian)
+    rows = torch.cat([spread_rows(block.weight(part), max(1, MOST_ROWS // len(parts))) for part in parts])
+    angles, losses = find_angles(rows, hessian, sample, block_size, bits, config, recipe, seed)
+    tensors: dict[str, torch.Tensor] = {}
+    errors: list[dict[str, Any]] = []
+    for part, seen in zip(parts, statistics, strict=True):
+        own = seen.topped_up(hessian, TOP_UP * features)
+        quantized, found = _round_and_compare(part, block.weight(part), own, angles, bits, config, recipe)
+        tensors |= _stored_tensors(block, part, quantized, angles, config)
+        errors.append(found)
+    counts = [seen.tokens for seen in statistics]
+    if few := sum(count < features for count in counts):
+        logger.warning(
+            "block %d, %s: %d of %d experts saw fewer tokens than they have inputs (%d; least %d), so their rounding "
+            "leans on the tokens of all: more --samples help",
+            *(block.index, group.name, few, len(counts), features, min(counts)),
+        )
+    facts = {"block": block.index, "layers": group.name, "in_features": features, "bits": bits, "expert_tokens": counts}
+    outliers = _input_report(sample, angles, block_size)
+    return tensors, facts | _mean_of(errors) | {"learning_curve": losses} | outliers
+
+
+def _mean_of(errors: list[dict[str, Any]]) -> dict[str, Any]:
+    """The entries of `_round_and_compare` of several experts as one."""
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    kinds = errors[0]["relative_output_error"]
+    return {
+        "rotation_block": errors[0]["rotation_block"],
+        "relative_output_error": {
+            kind: mean([each["relative_output_error"][kind] for each in errors]) for kind in kinds
+        },
+        "refined_output_error": mean([each["refined_output_error"] for each in errors]),
+    }
 
 
 def round_weight(

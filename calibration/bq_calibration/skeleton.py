@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from .architecture import MULTIMODAL
 from .errors import UserError
+from .experts import split_experts
 
 _TOWERS = r"(vision_tower|multi_modal_projector|visual)\."
 _WRAPPED = (
@@ -39,9 +40,14 @@ def auto_class(model_type: str) -> type[AutoModelForCausalLM] | type[AutoModelFo
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a config on the meta device; buffers are computed, not stored, so these are real."""
+    """The model of a config on the meta device; buffers are computed, not stored, so these are real.
+
+    Experts have linear layers of their own, see `Experts`.
+    """
     with init_empty_weights(include_buffers=False):
-        return auto_class(config.model_type).from_config(config, dtype=dtype).eval()
+        model = auto_class(config.model_type).from_config(config, dtype=dtype).eval()
+    split_experts(model)
+    return model
 
 
 def decoder_name(model: PreTrainedModel) -> str:

@@ -69,7 +69,7 @@ class Trainable:
             stored = packed.get(f"{prefix}{first}.angles") if kind == "butterfly" else None
             angles = angles_of(kind, stored, block.in_features(group), block_size)
             trained, dtype = kind == "butterfly", self.source.training_dtype
-            rotation = SharedRotation(angles, block_size, trained, len(group.layers), dtype).to(device)
+            rotation = SharedRotation(angles, block_size, trained, len(group.parts()[0].layers), dtype).to(device)
             self.rotations[prefix + first] = rotation
             for name, linear in block.linears(group).items():
                 suffixes = self.config.tensors(prefix + name, linear.in_features, linear.out_features)

@@ -21,6 +21,7 @@ SIZES = dict(
     eos_token_id=2,
     pad_token_id=2,
 )
+EXPERTS = dict(num_experts=6, num_experts_per_tok=2)
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
     "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=32),
@@ -30,6 +31,11 @@ CONFIGS = {
         **SIZES, head_dim=32, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
     ),
     "phi3": lambda: transformers.Phi3Config(**SIZES),
+    "olmoe": lambda: transformers.OlmoeConfig(**SIZES | dict(intermediate_size=64), **EXPERTS),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **SIZES, **EXPERTS, moe_intermediate_size=64, shared_expert_intermediate_size=128
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, moe_intermediate_size=64, head_dim=32),
 }
 # multimodal models: a picture of 32 x 32 pixels is 4 x 4 patches, of which 2 x 2 each become a token
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
@@ -122,7 +128,7 @@ def make_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = t
     model = getattr(transformers, f"AutoModelFor{kind}").from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 or name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj"):
                 parameter.normal_(std=0.5 if "embed" in name else 0.15)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)

@@ -11,7 +11,7 @@ import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from transformers import AutoConfig, AutoTokenizer
 
-from ..architecture import input_groups
+from ..architecture import check_architecture
 from ..errors import UserError, explain
 from ..files import copy_carried, read_json
 from ..inspection import check_tokenizer
@@ -60,7 +60,7 @@ class GgufSource(Source):
             self.config_dict = json.loads(config.to_json_string())
         self.skeleton = empty_model(config)
         self.config_dict.setdefault("architectures", [type(self.skeleton).__name__])
-        input_groups(config.model_type)
+        check_architecture(config.model_type)
         check_text_model(self.folder, self.skeleton)
         self._places = self._match_names(config.num_hidden_layers)
         self._heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}

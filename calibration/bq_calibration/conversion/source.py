@@ -11,7 +11,7 @@ from bq_kernels.format import QuantConfig
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ..architecture import input_groups
+from ..architecture import check_architecture, input_groups
 from ..checkpoint import quantized_layers
 from ..errors import UserError, explain
 from ..files import copy_carried
@@ -95,7 +95,7 @@ class Source(ABC):
         """
         prefix = f"{decoder_name(self.skeleton)}.layers."
         for index in range(len(self.skeleton.get_decoder().layers)):
-            for group in input_groups(self.config_dict.get("model_type", "")):
+            for group in input_groups(self.skeleton.config):
                 names = [f"{prefix}{index}.{name}" for name in group.layers]
                 kinds = {name: self.bits(name) if name in self.layers else None for name in names}
                 if len(set(kinds.values())) > 1:
@@ -134,7 +134,7 @@ class FolderSource(Source):
         self.folder = folder
         self.quantization = config.get("quantization_config", {})
         self.config_dict = {key: value for key, value in config.items() if key != "quantization_config"}
-        input_groups(config.get("model_type", "without a model_type"))  # refuses an architecture
+        check_architecture(config.get("model_type", "without a model_type"))
         self.store = TensorStore.of_model(folder)
         with explain(f"{folder / 'config.json'}: transformers cannot read it"):
             parsed = AutoConfig.from_pretrained(folder)
