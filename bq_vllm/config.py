@@ -99,7 +99,7 @@ class ButterflyConfig(QuantizationConfig):
         """Method of a layer; None, vLLM's default, for attention, and an embedding or LM head that is not packed.
 
         Raises:
-            FormatError: for experts, and for fused layers whose parts the checkpoint treats differently.
+            FormatError: for fused layers whose parts the checkpoint treats differently.
         """
         # imported late: linear.py loads vLLM's layers, which set up torch.compile, and vLLM imports this file earlier
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -111,10 +111,9 @@ class ButterflyConfig(QuantizationConfig):
         if {"FusedMoE", "RoutedExperts"} & {base.__name__ for base in type(layer).__mro__}:
             if self.quant.skips(prefix):
                 return None
-            raise FormatError(
-                f"{prefix}: experts cannot be quantized with {QUANT_METHOD!r} yet; "
-                "list them in modules_to_not_convert and store them unquantized"
-            )
+            from .experts import experts_method
+
+            return experts_method(self.quant, prefix, layer.moe_config)
         if isinstance(layer, VocabParallelEmbedding):
             return self._method_of_embedding(layer, prefix)
         if not isinstance(layer, LinearBase):

@@ -146,6 +146,12 @@ class Block:
         groups = self.groups if group is None else (group,)
         return {name: self.linear(name) for each in groups for name in each.layers}
 
+    def other_linears(self) -> tuple[str, ...]:
+        """Names of modules with a matrix that belong to no group: routers, which stay unquantized."""
+        packed = self.linears()
+        matrices = (name.removesuffix(".weight") for name, p in self.module.named_parameters() if p.dim() == 2)
+        return tuple(name for name in matrices if name not in packed)
+
     def in_features(self, group: InputGroup) -> int:
         """Features of the input that a group shares."""
         return self.linear(group.layers[0]).in_features

@@ -212,7 +212,7 @@ class Calibration:
             )
         widths = {group: block.in_features(group) for group in block.groups}
         config = quant_config(self.recipe, widths, embeddings)
-        kept = (*config.modules_to_not_convert, *self.source.other_parts)
+        kept = (*config.modules_to_not_convert, *block.other_linears(), *self.source.other_parts)
         config = dataclasses.replace(config, modules_to_not_convert=kept)
         try:
             for name, layer in block.linears().items():

@@ -1,0 +1,254 @@
+"""Experts of a mixture in vLLM: load their packed weights, check them against the format, compute with them."""
+
+from __future__ import annotations
+
+import math
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from bq_kernels import ops, reference
+from bq_kernels.format import FormatError, QuantConfig
+from bq_kernels.prepared import PreparedWeights, prepare_weights, prepared_linear
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+from .backend import select_backend
+from .linear import check_shard
+
+SHARDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # vLLM's names of an expert's layers
+PAIR, DOWN = "w13", "w2"  # of the parameters that hold gate and up, and down
+
+
+def load_expert(
+    layer: torch.nn.Module,
+    param: Parameter,
+    loaded_weight: torch.Tensor,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int,
+    return_success: bool = False,
+) -> bool | None:
+    """Weight loader of every stored tensor, bound to the experts: checks the tensor, then places this rank's part.
+
+    Raises:
+        FormatError: if shape, dtype or values of the tensor break the format, or the rotations of experts differ.
+    """
+    method, suffix, rank = layer.quant_method, param.suffix, layer.moe_config.tp_rank
+    local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+    if local == -1:
+        return False if return_success else None
+    module = f"{method.module}.{expert_id}.{SHARDS[shard_id]}"
+    rows, columns = layer.butterfly_shapes[shard_id]
+    method.config.tensors(module, columns, rows)[suffix].check(f"{module}.{suffix}", loaded_weight)
+    name = DOWN if shard_id == "w2" else PAIR
+    if suffix == "angles":
+        blocks = len(param)
+        own = loaded_weight.narrow(0, rank * blocks if len(loaded_weight) > blocks else 0, blocks).to(param.device)
+        if not param.data.isnan().any() and not torch.equal(param.data, own):
+            raise FormatError(f"{module}.angles differs from those of other experts, which share one rotation")
+        param.data.copy_(own)
+    elif shard_id == "w2":  # cut by columns, but for one scale per row
+        width = param.shape[2]
+        whole = loaded_weight.shape[1] == width
+        param.data[local].copy_(loaded_weight if whole else loaded_weight.narrow(1, rank * width, width))
+    else:
+        height = param.shape[1] // 2
+        part = param.data[local].narrow(0, height if shard_id == "w3" else 0, height)
+        part.copy_(loaded_weight.narrow(0, rank * height, height))
+    layer.butterfly_loaded.add((name, suffix, local, shard_id))
+    return True if return_success else None
+
+
+class StoredExperts:
+    """How packed weights of experts are stored and loaded, whatever computes with them.
+
+    Args:
+        config: the checkpoint's format.
+        module: name of the experts in the checkpoint.
+    """
+
+    config: QuantConfig
+    module: str
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        """Register the stored tensors of this rank's experts, floats as NaN so that one that is never loaded is found.
+
+        `w13_*` hold gate and up one after the other, `w2_*` down: `qweight` int32 [experts, N, K·bits/32], `scales`
+        and `zeros` float16 [experts, N, K/group], and `angles` float16 [K/block, angles per block], which all experts
+        share.
+
+        Raises:
+            FormatError: if a tensor-parallel shard would cut a rotation block or a group.
+        """
+        width = intermediate_size_per_partition
+        whole = width * layer.moe_config.tp_size
+        layer.butterfly_shapes = dict.fromkeys(("w1", "w3"), (whole, hidden_size)) | {"w2": (hidden_size, whole)}
+        layer.butterfly_loaded = set()
+        check_shard(f"{self.module}.0.down_proj", self.config, whole, width)
+        loader = MethodType(load_expert, layer)
+        for name, last, rows, columns in (
+            (PAIR, "gate_proj", 2 * width, hidden_size),
+            (DOWN, "down_proj", hidden_size, width),
+        ):
+            for suffix, spec in self.config.tensors(f"{self.module}.0.{last}", columns, rows).items():
+                shape = spec.shape if suffix == "angles" else (num_experts, *spec.shape)
+                data = torch.full(shape, math.nan if spec.dtype.is_floating_point else 0, dtype=spec.dtype)
+                param = Parameter(data, requires_grad=False)
+                param.suffix, param.weight_loader = suffix, loader
+                layer.register_parameter(f"{name}_{suffix}", param)
+
+    def _finish_loading(self, layer: torch.nn.Module) -> None:
+        """Refuse missing tensors."""
+        loaded = layer.butterfly_loaded
+        for shard_id, last in SHARDS.items():
+            name = DOWN if shard_id == "w2" else PAIR
+            rows, columns = layer.butterfly_shapes[shard_id]
+            for suffix, spec in self.config.tensors(f"{self.module}.0.{last}", columns, rows).items():
+                for expert in range(len(layer.w13_qweight)):
+                    dummy = not loaded and bool(layer.w13_scales.isfinite().all())
+                    if (name, suffix, expert, shard_id) not in loaded and not dummy:
+                        raise FormatError(
+                            f"{self.module}.{expert}.{last}.{suffix}: missing from the checkpoint; expected "
+                            f"{spec.dtype} {list(spec.shape)}"
+                        )
+        loaded.clear()
+
+    def _take(self, layer: torch.nn.Module, name: str) -> list[tuple]:
+        """The weights of all experts in the checkpoint's layout, the arguments of `dense_weight` and `prepare_weights`;
+        their parameters are taken out of the layer.
+        """
+        last = "down_proj" if name == DOWN else "gate_proj"
+        kind, block = self.config.rotation.kind, self.config.rotation.block(last)
+        stored = {
+            suffix: getattr(layer, f"{name}_{suffix}").data
+            for suffix in ("qweight", "scales", "zeros", "angles")
+            if hasattr(layer, f"{name}_{suffix}")
+        }
+        for suffix in stored:
+            delattr(layer, f"{name}_{suffix}")
+        bits = self.config.bits_of(f"{self.module}.0.{last}")
+        columns = stored["qweight"].shape[2] * 32 // bits
+        angles = reference.angles_of(kind, stored.get("angles"), columns, block, stored["qweight"].device)
+        zeros = stored.get("zeros", [None] * len(stored["qweight"]))
+        packed = zip(stored["qweight"], stored["scales"], zeros, strict=True)
+        return [(*tensors, angles, block, columns) for tensors in packed]
+
+
+class DenseExpertsMethod(StoredExperts, UnquantizedFusedMoEMethod):
+    """Experts as vLLM computes unquantized ones: the rotation is folded into dense weights at load time.
+
+    Args:
+        config: the checkpoint's format.
+        module: name of the experts in the checkpoint.
+        moe: vLLM's description of them.
+    """
+
+    def __init__(self, config: QuantConfig, module: str, moe: FusedMoEConfig) -> None:
+        UnquantizedFusedMoEMethod.__init__(self, moe)
+        self.config, self.module = config, module
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check the loaded tensors and make dense weights of them.
+
+        Raises:
+            FormatError: if a tensor is missing.
+        """
+        self._finish_loading(layer)
+        for name in (PAIR, DOWN):
+            dense = [reference.dense_weight(*stored).to(layer.params_dtype) for stored in self._take(layer, name)]
+            layer.register_parameter(f"{name}_weight", Parameter(torch.stack(dense), requires_grad=False))
+        UnquantizedFusedMoEMethod.process_weights_after_loading(self, layer)
+
+
+class PackedExpertsMethod(StoredExperts, FusedMoEMethodBase):
+    """Experts with packed weights, one after the other: there is no grouped kernel yet.
+
+    Args:
+        config: the checkpoint's format.
+        module: name of the experts in the checkpoint.
+        moe: vLLM's description of them.
+        backend: `triton` or `reference`.
+
+    Raises:
+        FormatError: for an activation that is not SiLU, or where a CUDA graph would have to be captured.
+    """
+
+    def __init__(self, config: QuantConfig, module: str, moe: FusedMoEConfig, backend: str) -> None:
+        FusedMoEMethodBase.__init__(self, moe)
+        self.config, self.module, self.backend = config, module, backend
+        if backend == "triton" and not ops.interpreted() and not get_current_vllm_config().model_config.enforce_eager:
+            raise FormatError(
+                f"{module}: packed experts have no grouped kernel yet and cannot be part of a CUDA graph; start with "
+                "--enforce-eager, or with BQ_VLLM_BACKEND=dense (the memory of 16 bits)"
+            )
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check the loaded tensors and bring them into the layout of the backend.
+
+        Raises:
+            FormatError: if a tensor is missing.
+        """
+        self._finish_loading(layer)
+        for name in (PAIR, DOWN):
+            prepared = [prepare_weights(*stored, tiled=self.backend == "triton") for stored in self._take(layer, name)]
+            for suffix, data in prepared[0]._asdict().items():
+                if data is None:
+                    continue
+                shared = suffix in ("cos_sin", "mix")  # one rotation for all
+                data = data if shared else torch.stack([getattr(each, suffix) for each in prepared])
+                layer.register_parameter(f"{name}_{suffix}", Parameter(data, requires_grad=False))
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig | None:
+        """Nothing that vLLM's own kernels would need."""
+        return FusedMoEQuantConfig.make()
+
+    def _weights(self, layer: torch.nn.Module, name: str, expert: int) -> PreparedWeights:
+        zeros = getattr(layer, f"{name}_zeros", None)
+        tables = (getattr(layer, f"{name}_{table}", None) for table in ("cos_sin", "mix"))
+        own = (getattr(layer, f"{name}_{suffix}")[expert] for suffix in ("qweight", "scales"))
+        return PreparedWeights(*own, None if zeros is None else zeros[expert], *tables)
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_, **__
+    ) -> torch.Tensor:
+        """Sum over a token's experts of their outputs, weighted; x [tokens, hidden] to the same.
+
+        Raises:
+            FormatError: for experts that vLLM computes otherwise.
+        """
+        if getattr(layer.activation, "value", layer.activation) != "silu" or layer.apply_router_weight_on_input:
+            raise FormatError(
+                f"{self.module}: packed experts know only SiLU, and weights of the router on their outputs"
+            )
+        rows, width = layer.butterfly_shapes["w2"][0], layer.intermediate_size_per_partition
+        out = torch.zeros_like(x)
+        numbers = range(layer.local_num_experts) if layer.expert_map is None else layer.expert_map.tolist()
+        for number in topk_ids.unique().tolist():
+            local = numbers[number]
+            if local < 0:  # on another rank
+                continue
+            token, place = (topk_ids == number).nonzero(as_tuple=True)
+            gate, up = prepared_linear(x[token], self._weights(layer, PAIR, local), None, 2 * width).chunk(2, -1)
+            found = prepared_linear(F.silu(gate) * up, self._weights(layer, DOWN, local), None, rows)
+            out.index_add_(0, token, (found * topk_weights[token, place, None]).to(out.dtype))
+        return out
+
+
+def experts_method(config: QuantConfig, module: str, moe: FusedMoEConfig) -> FusedMoEMethodBase:
+    """The method of the experts `module` for the backend that is selected."""
+    backend = select_backend()
+    if backend == "dense":
+        return DenseExpertsMethod(config, module, moe)
+    return PackedExpertsMethod(config, module, moe, backend)
