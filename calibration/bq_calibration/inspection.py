@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ def print_description(description: dict[str, Any], console: Console) -> None:
         tables = [_summary(description)]
         if (report := description["report"]) is not None:
             tables += [] if "conversion" in report else [_gains(report), _input_table(report), _error_table(report)]
+            if any("expert_tokens" in entry for entry in report.get("inputs", ())):
+                tables.append(_expert_table(report))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         file = Path(description["checkpoint"]) / REPORT
         raise UserError(f"{file}: not a report of bq-calibrate ({error!r}); download it again, or delete it") from error
@@ -171,4 +174,13 @@ def _error_table(report: dict[str, Any]) -> Table:
         errors = (f"{entry['relative_output_error'][kind]:.4f}" for kind in kinds)
         cells = str(entry["bits"]), *errors, f"{entry['refined_output_error']:.4f}"
         table.add_row(str(entry["block"]), _layers(entry), *cells)
+    return table
+
+
+def _expert_table(report: dict[str, Any]) -> Table:
+    table = _table("Calibration tokens per expert", "block", "layers", "experts", "least", "median", "most", left=2)
+    for entry in report["inputs"]:
+        if counts := entry.get("expert_tokens"):
+            cells = len(counts), min(counts), statistics.median_low(counts), max(counts)
+            table.add_row(str(entry["block"]), _layers(entry), *map(str, cells))
     return table

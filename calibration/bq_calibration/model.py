@@ -91,6 +91,7 @@ class SourceModel:
             self.config = AutoConfig.from_pretrained(self.folder)
             self.skeleton = empty_model(self.config)
         self.text_config, self.groups = self.config.get_text_config(), input_groups(self.config)
+        self._check_layers()
         self.decoder_name, self.other_parts = decoder_name(self.skeleton), other_parts(self.skeleton)
         self.decoder = self.skeleton.get_submodule(self.decoder_name)
         self._replaced: dict[str, torch.Tensor] = {}
@@ -107,6 +108,17 @@ class SourceModel:
                 module._buffers[name] = buffer.to(device) if buffer is not None else None
         self.num_blocks = len(self.decoder.layers)
         self._kwargs: list[dict[str, Any]] = [{} for _ in self.decoder.layers]
+
+    def _check_layers(self) -> None:
+        """Refuse a model whose decoder layers differ: some with experts, some without."""
+        wanted = [name for group in self.groups for name in group.layers]
+        for index, layer in enumerate(self.skeleton.get_decoder().layers):
+            there = {name for name, _ in layer.named_modules()}
+            if missing := [name for name in wanted if name not in there]:
+                raise UserError(
+                    f"{self.folder}: decoder layer {index} has no {missing[0]}; models whose decoder layers differ are "
+                    "not supported"
+                )
 
     def _match_names(self) -> None:
         """Call stored tensors as the model does, drop stale ones, and refuse a model that is not whole.

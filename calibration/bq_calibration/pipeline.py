@@ -210,6 +210,8 @@ class Calibration:
                 f"{self.source.folder}: config.json ties the LM head to the embedding, but lm_head.weight differs from "
                 "it; set tie_word_embeddings to false"
             )
+        if self.recipe.target_bpw is not None and any(group.experts for group in block.groups):
+            raise UserError("--target-bpw: a mixture of experts has the same bits everywhere; use --bits")
         widths = {group: block.in_features(group) for group in block.groups}
         config = quant_config(self.recipe, widths, embeddings)
         kept = (*config.modules_to_not_convert, *block.other_linears(), *self.source.other_parts)

@@ -333,8 +333,9 @@ def quant_config(recipe: Recipe, widths: dict[InputGroup, int], embeddings: dict
             if size > 0 and shards[group] % size:
                 shard = f" ({width} / {recipe.tensor_parallel} in a shard)" if shards[group] != width else ""
                 raise UserError(f"{name} {size} does not divide the {shards[group]} inputs of {group.name}{shard}")
-        for layer in group.layers:
-            table[layer.rsplit(".", 1)[-1]] = block
+        for kind in {layer.rsplit(".", 1)[-1] for layer in group.layers}:
+            if table.setdefault(kind, block) != block:
+                raise UserError(f"--rotation-block full: {kind} has {table[kind]} and {block} inputs; give a number")
     hidden = next(iter(widths.values()))
     table |= {name.rpartition(".")[2]: recipe.rotation_block or hidden for name in embeddings}
     sizes = list(table.values())

@@ -103,11 +103,21 @@ def training_plan(source: SourceModel, recipe: Recipe, budget: int) -> TrainingP
     )
 
 
+def _features_per_token(source: SourceModel) -> float:
+    """Inputs and outputs of the linear layers that a token meets in a decoder layer: of experts, only its own."""
+    block, chosen = source.empty_block(0), getattr(source.text_config, "num_experts_per_tok", 0)
+    total = 0.0
+    for group in block.groups:
+        share = chosen / group.experts if group.experts else 1.0
+        total += share * sum(layer.in_features + layer.out_features for layer in block.linears(group).values())
+    return total
+
+
 def _memory(source: SourceModel, recipe: Recipe, plan: TrainingPlan, states: int) -> int:
     """Bytes that training takes at its peak, about."""
     linears = source.empty_block(0).linears().values()
     weights = sum(layer.in_features * layer.out_features for layer in linears)
-    features = sum(layer.in_features + layer.out_features for layer in linears)
+    features = _features_per_token(source)
     group = recipe.group_size if recipe.group_size > 0 else source.text_config.hidden_size
     per_weight = PER_GROUP / group
     latent, gradient, moments = CODES[plan.optimizer_bits]
@@ -124,7 +134,7 @@ def _memory(source: SourceModel, recipe: Recipe, plan: TrainingPlan, states: int
     kept_weights = item * weights * source.num_blocks if recipe.train_codes and not plan.recompute else 0
     tokens = plan.micro_batch * recipe.seqlen
     layers = 1 if plan.recompute else source.num_blocks
-    activations = tokens * (PER_FEATURE * features * layers + 4 * source.text_config.hidden_size * source.num_blocks)
+    activations = tokens * int(PER_FEATURE * features * layers + 4 * source.text_config.hidden_size * source.num_blocks)
     table = source.vocabulary * source.text_config.hidden_size * (4 + item)
     teacher = 0 if plan.stores_teacher else source.dtype.itemsize * weights * source.num_blocks + table
     logits = LOGITS if source.device.type == "cuda" else LOGITS // 64

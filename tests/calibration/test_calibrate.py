@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -39,30 +38,12 @@ def run(model: Path, out: Path, text: Path, recipe="fast", **settings) -> Path:
     return out
 
 
-def stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of experts as transformers has them: one tensor for all, gate and up together."""
-    found: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
-    rest = {}
-    for name, tensor in state.items():
-        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name):
-            prefix, expert, kind = match.groups()
-            found.setdefault(prefix, {})[int(expert), kind] = tensor
-        else:
-            rest[name] = tensor
-    for prefix, tensors in found.items():
-        experts = range(len(tensors) // 3)
-        gate_up = [torch.cat([tensors[expert, "gate"], tensors[expert, "up"]]) for expert in experts]
-        rest[f"{prefix}.gate_up_proj"] = torch.stack(gate_up)
-        rest[f"{prefix}.down_proj"] = torch.stack([tensors[expert, "down"] for expert in experts])
-    return rest
-
-
 def dense_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     model_type = config.pop("model_type")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.float32).eval()
-    state = stacked(tiny.decode(folder))
+    state = tiny.stacked(tiny.decode(folder))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()

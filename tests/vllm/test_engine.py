@@ -86,11 +86,11 @@ def run_engines(folder: Path, jobs: list[dict], **variables: str) -> tuple[list[
     return json.loads(out.read_text()), process.stdout
 
 
-def expected(state: dict[str, torch.Tensor], bias: bool = False) -> list[dict]:
+def expected(state: dict[str, torch.Tensor], bias: bool = False, experts: int = 0) -> list[dict]:
     """What transformers generates greedily with a dense state dict."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = tiny.model_config(bias)
+    settings, state = tiny.model_config(bias, experts=experts), tiny.stacked(state)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32).eval()
     model.load_state_dict({"lm_head.weight": state.get("model.embed_tokens.weight")} | state)  # tied or not
     answers = []

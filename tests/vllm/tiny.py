@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -27,6 +28,25 @@ LINEARS = {
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
 SHARED_INPUT = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+EXPERTS = 6  # of a mixture, two per token
+
+
+def linears(experts: int = 0) -> dict[str, tuple[int, int]]:
+    """Shapes of the linear layers of a decoder layer, by name."""
+    if not experts:
+        return LINEARS
+    attention = {name: shape for name, shape in LINEARS.items() if name.startswith("self_attn")}
+    mlp = {name.removeprefix("mlp."): shape for name, shape in LINEARS.items() if name.startswith("mlp")}
+    return attention | {f"mlp.experts.{e}.{name}": shape for e in range(experts) for name, shape in mlp.items()}
+
+
+def shared_input(experts: int = 0) -> list[list[str]]:
+    """Layers that share an input and so a rotation, the input of all experts' down projections among them."""
+    if not experts:
+        return [list(names) for names in SHARED_INPUT]
+    names = linears(experts)
+    pairs = [name for name in names if name.endswith(("gate_proj", "up_proj"))]
+    return [list(SHARED_INPUT[0]), pairs, [name for name in names if name.endswith("down_proj")]]
 
 
 def quant_config(
@@ -69,7 +89,7 @@ def _packed(
 
 
 def random_tensors(
-    quant: QuantConfig, bias: bool = False, seed: int = 0, tied: bool = False
+    quant: QuantConfig, bias: bool = False, seed: int = 0, tied: bool = False, experts: int = 0
 ) -> dict[str, torch.Tensor]:
     """Tensors of a random model in the format: random codes, scales and angles."""
     g = torch.Generator().manual_seed(seed)
@@ -83,7 +103,11 @@ def random_tensors(
         prefix = f"model.layers.{layer}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}{norm}.weight"] = torch.rand(HIDDEN, generator=g) + 0.5
-        for name, (rows, columns) in LINEARS.items():
+        if experts:
+            tensors[f"{prefix}mlp.gate.weight"] = torch.randn(experts, HIDDEN, generator=g) / HIDDEN**0.5
+            for norm in ("q_norm", "k_norm"):
+                tensors[f"{prefix}self_attn.{norm}.weight"] = torch.rand(HEAD, generator=g) + 0.5
+        for name, (rows, columns) in linears(experts).items():
             module = prefix + name
             if name.rsplit(".", 1)[-1] in quant.modules_to_not_convert:
                 tensors[f"{module}.weight"] = torch.randn(rows, columns, generator=g) / columns**0.5
@@ -91,14 +115,23 @@ def random_tensors(
             tensors |= _packed(quant, module, rows, columns, columns**-0.5, g)
             if bias and name.startswith("self_attn"):
                 tensors[f"{module}.bias"] = torch.randn(rows, generator=g)
-        for first, *others in SHARED_INPUT:
+        for first, *others in shared_input(experts):
             if (angles := tensors.get(f"{prefix}{first}.angles")) is not None:
                 tensors.update({f"{prefix}{other}.angles": angles.clone() for other in others})
     return tensors
 
 
-def model_config(bias: bool = False, tied: bool = False) -> dict:
+def model_config(bias: bool = False, tied: bool = False, experts: int = 0) -> dict:
     """config.json of the model without its quantization."""
+    mixture = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": HEAD,
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": INTERMEDIATE,
+        "norm_topk_prob": True,
+    }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -114,7 +147,7 @@ def model_config(bias: bool = False, tied: bool = False) -> dict:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "dtype": "float32",
-    }
+    } | (mixture if experts else {})
 
 
 def write_checkpoint(
@@ -126,6 +159,7 @@ def write_checkpoint(
     seed: int = 0,
     table: dict | None = None,
     edits: dict[str, torch.Tensor | None] | None = None,
+    experts: int = 0,
 ) -> Path:
     """Write a checkpoint directory.
 
@@ -137,10 +171,11 @@ def write_checkpoint(
         seed: seed of the weights.
         table: replaces `quantization_config` in config.json, to write bad ones.
         edits: tensors to replace, by name; None removes one.
+        experts: of a mixture in place of the MLP; 0 for none.
     """
-    quant = quant or quant_config()
-    tensors = random_tensors(quant, bias, seed, tied) | (edits or {})
-    config = model_config(bias, tied) | {"quantization_config": table or quant.to_dict()}
+    quant = quant or quant_config(skip=("lm_head", "mlp.gate") if experts else ("lm_head",))
+    tensors = random_tensors(quant, bias, seed, tied, experts) | (edits or {})
+    config = model_config(bias, tied, experts) | {"quantization_config": table or quant.to_dict()}
     return _write(path, {name: value for name, value in tensors.items() if value is not None}, config)
 
 
@@ -185,6 +220,24 @@ def merge_lora(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Te
         if f"{module}.lora_A.weight" in adapter:
             merged[name] = state[name] + adapter[f"{module}.lora_B.weight"] @ adapter[f"{module}.lora_A.weight"]
     return merged
+
+
+def stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with the weights of experts as transformers has them: one tensor for all, gate and up together."""
+    found: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
+    rest = {}
+    for name, tensor in state.items():
+        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name):
+            prefix, expert, kind = match.groups()
+            found.setdefault(prefix, {})[int(expert), kind] = tensor
+        else:
+            rest[name] = tensor
+    for prefix, tensors in found.items():
+        experts = range(len(tensors) // 3)
+        gate_up = [torch.cat([tensors[expert, "gate"], tensors[expert, "up"]]) for expert in experts]
+        rest[f"{prefix}.gate_up_proj"] = torch.stack(gate_up)
+        rest[f"{prefix}.down_proj"] = torch.stack([tensors[expert, "down"] for expert in experts])
+    return rest
 
 
 def butterfly_matrix(angles: list[float], size: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..architecture import check_architecture, input_groups
 from ..checkpoint import quantized_layers
 from ..errors import UserError, explain
+from ..experts import Experts
 from ..files import copy_carried
 from ..inspection import check_tokenizer
 from ..model import hub_name
@@ -83,8 +84,7 @@ class Source(ABC):
 
     def model_layers(self) -> dict[str, nn.Linear]:
         """The linear layers of the decoder, by name."""
-        model_type = self.config_dict.get("model_type", "")
-        every = quantized_layers(self.skeleton, model_type, QuantConfig())
+        every = quantized_layers(self.skeleton, QuantConfig())
         return {name: linear for name, (linear, _) in every.items()}
 
     def check_fused(self) -> None:
@@ -107,13 +107,15 @@ class Source(ABC):
 
 
 def check_text_model(folder: Path, model: PreTrainedModel) -> None:
-    """Refuse a model with more parts than a text decoder.
+    """Refuse a model with more parts than a text decoder, and a mixture of experts.
 
     Raises:
-        UserError: naming the parts.
+        UserError: saying which.
     """
     if parts := other_parts(model):
         raise UserError(f"{folder}: a multimodal model ({', '.join(parts)}); only text models are converted")
+    if any(isinstance(module, Experts) for module in model.modules()):
+        raise UserError(f"{folder}: a mixture of experts; only dense models are converted")
 
 
 class FolderSource(Source):

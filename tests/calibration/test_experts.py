@@ -1,0 +1,104 @@
+"""Mixtures of experts: what is rounded for which tokens, and what is refused."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from bq_calibration.block import InputStatistics
+from bq_calibration.checkpoint import verify
+from bq_calibration.errors import UserError
+from bq_calibration.experts import Experts
+from bq_calibration.store import TensorStore
+
+from .conftest import make_model
+from .test_calibrate import run
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("mixture") / "model", "qwen3_moe")
+
+
+def test_experts_compute_what_transformers_does(mixture):
+    from transformers import AutoModelForCausalLM
+
+    stacked = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32).model.layers[0].mlp.experts
+    experts = Experts(stacked)
+    for number, expert in enumerate(experts):
+        gate, up = stacked.gate_up_proj[number].chunk(2)
+        for layer, weight in zip(
+            (expert.gate_proj, expert.up_proj, expert.down_proj), (gate, up, stacked.down_proj[number]), strict=True
+        ):
+            layer.weight.data.copy_(weight)
+    weights, numbers = torch.randn(9, len(experts)).softmax(-1).topk(2, dim=-1)
+    x = torch.randn(9, stacked.down_proj.shape[1])
+    with torch.no_grad():
+        torch.testing.assert_close(experts(x, numbers, weights), stacked(x, numbers, weights), rtol=1e-5, atol=1e-5)
+
+
+def test_hessian_of_an_expert_is_topped_up():
+    few, many = torch.randn(3, 8), torch.randn(50, 8)
+    statistics = [InputStatistics(8, torch.device("cpu")) for _ in range(3)]
+    statistics[0].add(few)
+    statistics[1].add(many)  # the third expert sees nothing
+    together = InputStatistics.together(statistics)
+    everything = torch.cat((few, many))
+    shared = everything.T @ everything / 53
+    torch.testing.assert_close(together.hessian, shared)
+    torch.testing.assert_close(statistics[0].topped_up(shared, 2.0), (few.T @ few + 2 * shared) / 5)
+    torch.testing.assert_close(statistics[2].topped_up(shared, 2.0), shared)
+
+
+def test_an_expert_without_a_token(mixture, tmp_path, text, caplog):
+    """The routers never take expert 0: its weights are rounded all the same, and a line says so."""
+    folder = shutil.copytree(mixture, tmp_path / "model")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith("mlp.gate.weight"):
+            row = tensors[name][4].clone()
+            tensors[name][:4] = torch.stack((0 * row, -row, 3 * row, -3 * row))  # two are always above the first
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with caplog.at_level(logging.WARNING):
+        out = run(folder, tmp_path / "out", text)
+    verify(out)
+    report = json.loads((out / "bq_report.json").read_text())
+    counts = [entry["expert_tokens"] for entry in report["inputs"] if "expert_tokens" in entry]
+    assert any(0 in tokens for tokens in counts)
+    assert "experts saw fewer tokens than they have inputs" in caplog.text
+    store = TensorStore(out)
+    assert all(bool(store.get(name).isfinite().all()) for name in store.names() if not name.endswith("qweight"))
+
+
+def test_one_rotation_for_all_experts(mixture, tmp_path, text):
+    out = run(mixture, tmp_path / "out", text)
+    store = TensorStore(out)
+    for last in ("gate_proj", "down_proj"):
+        angles = [store.get(f"model.layers.1.mlp.experts.{e}.{last}.angles") for e in range(6)]
+        assert all(torch.equal(each, angles[0]) for each in angles)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert "mlp.gate" in config["modules_to_not_convert"]
+
+
+@pytest.mark.parametrize(
+    ("edits", "settings", "message"),
+    [
+        ({"mlp_only_layers": [1]}, {}, "decoder layer 1 has no mlp.experts.0.gate_proj"),
+        ({}, {"target_bpw": 2.8}, "--target-bpw: a mixture of experts has the same bits everywhere"),
+    ],
+)
+def test_what_is_refused(mixture, tmp_path, text, edits, settings, message):
+    folder = shutil.copytree(mixture, tmp_path / "model")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | edits))
+    with pytest.raises(UserError, match=message):
+        run(folder, tmp_path / "out", text, **settings)
+
+
+def test_full_width_with_two_widths_of_one_name(tmp_path, text):
+    model = make_model(tmp_path / "model", "qwen2_moe")
+    with pytest.raises(UserError, match="full: down_proj has 64 and 128 inputs"):
+        run(model, tmp_path / "out", text, rotation_block=None)

@@ -1,0 +1,140 @@
+"""Experts of a mixture: their method on layers of its own, and whole engines against transformers."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from bq_kernels.format import FormatError
+
+pytest.importorskip("vllm")
+
+from bq_vllm.experts import SHARDS, PackedExpertsMethod
+
+from .test_engine import PROMPTS, assert_same, expected, run_engines
+
+MODULE = "model.layers.0.mlp.experts"
+FORMATS = {
+    "2 bits": {},
+    "3 bits, zeros": {"bits": 3, "zero_point": "float", "kind": "hadamard"},
+    "one scale per row, no rotation": {"group_size": -1, "kind": "none"},
+}
+
+
+class Layer(torch.nn.Module):
+    """What the method sees of vLLM's experts."""
+
+    activation, apply_router_weight_on_input, expert_map = "silu", False, None
+    local_num_experts, params_dtype = tiny.EXPERTS, torch.float32
+
+    def __init__(self, config, rank=0, ranks=1):
+        super().__init__()
+        self.moe_config = SimpleNamespace(tp_rank=rank, tp_size=ranks)
+        self.intermediate_size_per_partition = tiny.INTERMEDIATE // ranks
+        self.quant_method = PackedExpertsMethod(config, MODULE, self.moe_config, "reference")
+        sizes = tiny.EXPERTS, tiny.HIDDEN, self.intermediate_size_per_partition
+        self.quant_method.create_weights(self, *sizes, torch.float32)
+
+    def _map_global_expert_id_to_local_expert_id(self, number):
+        return number
+
+    def load(self, tensors):
+        """As vLLM's loader does it: by expert and shard."""
+        shards = {last: shard for shard, last in SHARDS.items()}
+        for name, tensor in tensors.items():
+            if name.startswith(MODULE):
+                expert, last, suffix = name.removeprefix(f"{MODULE}.").split(".")
+                param = getattr(self, f"{'w2' if last == 'down_proj' else 'w13'}_{suffix}")
+                arguments = {"shard_id": shards[last], "expert_id": int(expert), "return_success": True}
+                assert param.weight_loader(param=param, loaded_weight=tensor, weight_name=name, **arguments)
+        self.quant_method.process_weights_after_loading(self)
+        return self
+
+    def forward(self, x, weights, numbers):
+        return self.quant_method.apply(self, x, weights, numbers, None, None)
+
+
+@pytest.fixture(params=FORMATS)
+def stored(request, tmp_path):
+    """Config and tensors of a mixture, and its dense weights by the independent decode."""
+    config = tiny.quant_config(skip=("lm_head", "mlp.gate"), **FORMATS[request.param])
+    folder = tiny.write_checkpoint(tmp_path / "mixture", config, experts=tiny.EXPERTS)
+    return config, tiny.random_tensors(config, experts=tiny.EXPERTS), tiny.decode(folder, f"{MODULE}.")
+
+
+def routed(tokens=7):
+    logits = torch.randn(tokens, tiny.EXPERTS)
+    logits[:, 3] = -100  # an expert without tokens
+    weights, numbers = logits.softmax(-1).topk(2, dim=-1)
+    return torch.randn(tokens, tiny.HIDDEN), weights, numbers
+
+
+def by_hand(dense, x, weights, numbers):
+    out = torch.zeros_like(x)
+    for token in range(len(x)):
+        for weight, number in zip(weights[token], numbers[token].tolist(), strict=True):
+            gate, up, down = (dense[f"{MODULE}.{number}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+            out[token] += weight * (down @ (F.silu(gate @ x[token]) * (up @ x[token])))
+    return out
+
+
+def test_output(stored):
+    config, tensors, dense = stored
+    inputs = routed()
+    want = by_hand(dense, *inputs)
+    torch.testing.assert_close(Layer(config).load(tensors)(*inputs), want, rtol=1e-4, atol=1e-4 * want.abs().max())
+
+
+def test_ranks_add_up(stored):
+    config, tensors, dense = stored
+    inputs = routed()
+    found = sum(Layer(config, rank, 2).load(tensors)(*inputs) for rank in range(2))
+    want = by_hand(dense, *inputs)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4 * want.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("2.up_proj.scales", lambda tensor: None, r"experts\.2\.up_proj\.scales: missing from the checkpoint"),
+        ("5.down_proj.angles", lambda tensor: tensor + 0.5, r"experts\.5\.down_proj\.angles differs"),
+        ("1.gate_proj.qweight", lambda tensor: tensor[:-1], r"experts\.1\.gate_proj\.qweight: expected torch\.int32"),
+        ("0.down_proj.scales", lambda tensor: -tensor, r"experts\.0\.down_proj\.scales: holds zero or a negative"),
+    ],
+)
+def test_bad_tensors_are_refused(name, change, message):
+    config = tiny.quant_config(skip=("lm_head", "mlp.gate"))
+    tensors = tiny.random_tensors(config, experts=tiny.EXPERTS)
+    tensors[f"{MODULE}.{name}"] = change(tensors[f"{MODULE}.{name}"])
+    with pytest.raises(FormatError, match=message):
+        Layer(config).load({name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+def test_a_shard_that_would_cut_a_block():
+    with pytest.raises(FormatError, match=r"down_proj: tensor parallel size 4 would cut"):
+        Layer(tiny.quant_config(skip=("lm_head", "mlp.gate")), 0, 4)
+
+
+@pytest.mark.slow
+def test_engines(tmp_path):
+    """Dense and packed on one rank, two ranks, a reload, and an expert whose tensor is missing."""
+    base = tiny.write_checkpoint(tmp_path / "base", experts=tiny.EXPERTS)
+    config = tiny.quant_config(skip=("lm_head", "mlp.gate"), **FORMATS["3 bits, zeros"])
+    other = tiny.write_checkpoint(tmp_path / "other", config, experts=tiny.EXPERTS, seed=1)
+    name = f"{MODULE}.4.up_proj.qweight"
+    missing = tiny.write_checkpoint(tmp_path / "missing", experts=tiny.EXPERTS, edits={name: None})
+    wanted = {path: expected(tiny.decode(path), experts=tiny.EXPERTS) for path in (base, other)}
+    one = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
+    for backend in ("dense", "reference"):
+        folder = tmp_path / backend
+        folder.mkdir()
+        jobs = [{"model": str(path)} for path in (base, other)] + [{"model": str(missing), "fails": True}]
+        (*found, refused), printed = run_engines(folder, jobs, BQ_VLLM_BACKEND=backend, **one)
+        for answer, path in zip(found, (base, other), strict=True):
+            assert_same(answer["base"], wanted[path])
+        assert f"{name}: missing from the checkpoint" in refused["error"] + printed
+    jobs = [{"model": str(base), "options": {"tensor_parallel_size": 2}}]
+    (answer,), _ = run_engines(tmp_path, jobs, VLLM_CPU_OMP_THREADS_BIND="0|1", TORCHDYNAMO_DISABLE="1")
+    assert_same(answer["base"], wanted[base])
+    assert len(answer["base"]) == len(PROMPTS)
