@@ -17,7 +17,7 @@ from rich.table import Table
 from . import __version__, calibrate, convert, evaluate, inspect
 from .console import is_first, stderr, stdout
 from .errors import UserError, check_writable
-from .logs import log_to
+from .logs import log_to, quieten_libraries
 from .recipes import RECIPES, Recipe, make_recipe, parse_tokens
 
 
@@ -41,6 +41,7 @@ Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_
 
 
 def _run(command: Callable[..., None]) -> None:
+    quieten_libraries()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(context_settings={"help_option_names": ["-h", "--help"]})(command)
     try:

@@ -12,6 +12,14 @@ from .errors import explain_write
 
 LOGGER = logging.getLogger("bq_calibration")
 FORMAT = "%(asctime)s %(message)s"
+# what they say while transformers imports torchao: of its CUDA libraries where there is no CUDA, of its use of torch
+CHATTY = ("torchao", "torch.utils._pytree")
+
+
+def quieten_libraries() -> None:
+    """Keep warnings that no user can act on from the terminal."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
