@@ -11,7 +11,6 @@ from bq_kernels import ops, reference
 from bq_kernels.format import FormatError, QuantConfig
 from bq_kernels.prepared import PreparedWeights, prepare_weights, prepared_linear
 from torch.nn import Parameter
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -173,33 +172,29 @@ class DenseExpertsMethod(StoredExperts, UnquantizedFusedMoEMethod):
 
 
 class PackedExpertsMethod(StoredExperts, FusedMoEMethodBase):
-    """Experts with packed weights, one after the other: there is no grouped kernel yet.
+    """Experts with packed weights: `triton` in one kernel for all, `reference` one after the other in plain torch.
 
     Args:
         config: the checkpoint's format.
         module: name of the experts in the checkpoint.
         moe: vLLM's description of them.
         backend: `triton` or `reference`.
-
-    Raises:
-        FormatError: for an activation that is not SiLU, or where a CUDA graph would have to be captured.
     """
 
     def __init__(self, config: QuantConfig, module: str, moe: FusedMoEConfig, backend: str) -> None:
         FusedMoEMethodBase.__init__(self, moe)
         self.config, self.module, self.backend = config, module, backend
-        if backend == "triton" and not ops.interpreted() and not get_current_vllm_config().model_config.enforce_eager:
-            raise FormatError(
-                f"{module}: packed experts have no grouped kernel yet and cannot be part of a CUDA graph; start with "
-                "--enforce-eager, or with BQ_VLLM_BACKEND=dense (the memory of 16 bits)"
-            )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check the loaded tensors and bring them into the layout of the backend.
 
         Raises:
-            FormatError: if a tensor is missing.
+            FormatError: if a tensor is missing, or for experts that vLLM computes otherwise.
         """
+        if getattr(layer.activation, "value", layer.activation) != "silu" or layer.apply_router_weight_on_input:
+            raise FormatError(
+                f"{self.module}: packed experts know only SiLU, and the router's weights on their outputs"
+            )
         self._finish_loading(layer)
         for name in (PAIR, DOWN):
             prepared = [prepare_weights(*stored, tiled=self.backend == "triton") for stored in self._take(layer, name)]
@@ -214,36 +209,29 @@ class PackedExpertsMethod(StoredExperts, FusedMoEMethodBase):
         """Nothing that vLLM's own kernels would need."""
         return FusedMoEQuantConfig.make()
 
-    def _weights(self, layer: torch.nn.Module, name: str, expert: int) -> PreparedWeights:
-        zeros = getattr(layer, f"{name}_zeros", None)
-        tables = (getattr(layer, f"{name}_{table}", None) for table in ("cos_sin", "mix"))
-        own = (getattr(layer, f"{name}_{suffix}")[expert] for suffix in ("qweight", "scales"))
-        return PreparedWeights(*own, None if zeros is None else zeros[expert], *tables)
+    def _product(self, layer: torch.nn.Module, name: str, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Products [M, k, N] of x [M, K] with the weights `name` of its experts [M, k], -1 for none."""
+        rows = layer.butterfly_shapes["w2"][0] if name == DOWN else 2 * layer.intermediate_size_per_partition
+        weights = PreparedWeights(*(getattr(layer, f"{name}_{suffix}", None) for suffix in PreparedWeights._fields))
+        if self.backend == "triton":
+            *packed, cos_sin, mix = weights
+            return ops.grouped_linear(x, experts, *packed, rows, cos_sin, mix)
+        out = x.new_zeros(*experts.shape, rows)
+        for expert in experts[experts >= 0].unique().tolist():
+            row, place = (experts == expert).nonzero(as_tuple=True)
+            own = (None if stacked is None else stacked[expert] for stacked in weights[:3])
+            out[row, place] = prepared_linear(x[row], PreparedWeights(*own, *weights[3:]), None, rows)
+        return out
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_, **__
     ) -> torch.Tensor:
-        """Sum over a token's experts of their outputs, weighted; x [tokens, hidden] to the same.
-
-        Raises:
-            FormatError: for experts that vLLM computes otherwise.
-        """
-        if getattr(layer.activation, "value", layer.activation) != "silu" or layer.apply_router_weight_on_input:
-            raise FormatError(
-                f"{self.module}: packed experts know only SiLU, and weights of the router on their outputs"
-            )
-        rows, width = layer.butterfly_shapes["w2"][0], layer.intermediate_size_per_partition
-        out = torch.zeros_like(x)
-        numbers = range(layer.local_num_experts) if layer.expert_map is None else layer.expert_map.tolist()
-        for number in topk_ids.unique().tolist():
-            local = numbers[number]
-            if local < 0:  # on another rank
-                continue
-            token, place = (topk_ids == number).nonzero(as_tuple=True)
-            gate, up = prepared_linear(x[token], self._weights(layer, PAIR, local), None, 2 * width).chunk(2, -1)
-            found = prepared_linear(F.silu(gate) * up, self._weights(layer, DOWN, local), None, rows)
-            out.index_add_(0, token, (found * topk_weights[token, place, None]).to(out.dtype))
-        return out
+        """Sum over a token's experts of their outputs, weighted; x [tokens, hidden] to the same."""
+        # of several ranks each has some of the experts: -1 in vLLM's map stands for one of another rank
+        experts = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
+        gate, up = self._product(layer, PAIR, x, experts).flatten(0, 1).chunk(2, -1)
+        found = self._product(layer, DOWN, F.silu(gate) * up, experts.reshape(-1, 1))
+        return (found.view(*experts.shape, -1) * topk_weights[..., None]).sum(1).to(x.dtype)
 
 
 def experts_method(config: QuantConfig, module: str, moe: FusedMoEConfig) -> FusedMoEMethodBase:

@@ -125,6 +125,15 @@ def _kernel_steps(plan: Plan) -> list[Step]:
             needs=gpu,
             result=plan.out / "vocabulary.json",
         ),
+        Step(
+            name="mixture",
+            purpose="MLPs of mixtures of experts",
+            command=plan.kernels("mixture"),
+            seconds=60,
+            least=20,
+            needs=gpu,
+            result=plan.out / "mixture.json",
+        ),
     ]
 
 

@@ -5,6 +5,7 @@
     python benchmarks/kernels.py errors                 against float64, over formats, shapes and rows
     python benchmarks/kernels.py layer                  the linears of one decoder layer in a CUDA graph, by kernel
     python benchmarks/kernels.py vocabulary             an LM head, and the look-up of an embedding's rows
+    python benchmarks/kernels.py mixture                the MLP of a mixture of experts
     python benchmarks/kernels.py plot FILE              draw FILE.png from the JSON of an earlier run
     python benchmarks/kernels.py build-quarot QUAROT CUTLASS -o FILE.so    then BQ_QUAROT=FILE.so … run
 
@@ -32,7 +33,7 @@ from rich.console import Console
 
 from benchmarks.harness.provenance import command
 from benchmarks.harness.results import finish, write_plot
-from benchmarks.packed_linear import errors, layer_step, quarot, report, tuning, vocabulary
+from benchmarks.packed_linear import errors, layer_step, mixture, quarot, report, tuning, vocabulary
 from benchmarks.packed_linear.cases import SHAPES, SMOKE_VOCABULARY, VOCABULARIES, LinearCase
 from benchmarks.packed_linear.measure import Measurement, environment, measure_ceilings
 from benchmarks.packed_linear.warming import WarmUp, build_kernels
@@ -190,6 +191,28 @@ def measure_vocabulary(
     record |= {"bits": bits, "group": group, "rows": results, "left_out": left_out}
     parts = vocabulary.HEAD, vocabulary.LOOK_UP
     finish(console, record, as_json, [vocabulary.vocabulary_table(results, part) for part in parts])
+
+
+@app.command("mixture")
+def measure_mixture(
+    rows: Annotated[str, typer.Option(help="Rows of x, comma-separated.")] = "1,8,64,512",
+    group: Annotated[int, typer.Option(help="Columns that share a scale.")] = 128,
+    minutes: Annotated[float, typer.Option(help="Stop after that long and say what is left out.")] = 8.5,
+    smoke: bool = False,
+    as_json: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/mixture.json"),
+) -> None:
+    """Time the MLPs of real mixtures, checked against the torch twin of the kernel, print a table, write JSON."""
+    device, deadline = _device(smoke), time.monotonic() + 60 * minutes
+    mixtures = mixture.SMOKE_MIXTURES if smoke else mixture.MIXTURES
+    if smoke:
+        rows, group = "1,5", 64
+    torch.manual_seed(0)
+    ceilings = measure_ceilings(device)
+    counts = [int(count) for count in rows.split(",")]
+    results, left_out = mixture.measure_mixtures(mixtures, counts, group, device, ceilings, deadline)
+    record = {"command": command(), "environment": environment(), "ceilings": vars(ceilings)}
+    record |= {"rows": results, "left_out": left_out}
+    finish(console, record, as_json, [mixture.mixture_table(results)])
 
 
 @app.command()

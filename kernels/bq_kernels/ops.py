@@ -12,6 +12,7 @@ import os
 import torch
 
 from . import reference
+from .tiles import grouped_linear as tiled_grouped_linear
 from .tiles import norm_linear as tiled_norm_linear
 from .tiles import tiled_embedding, tiled_linear
 
@@ -24,6 +25,10 @@ _LIBRARY.define("rotate(Tensor x, Tensor cos_sin, Tensor mix) -> Tensor")
 _LIBRARY.define(f"packed_linear(Tensor x, {_LAYER}) -> Tensor")
 _LIBRARY.define(
     f"norm_linear(Tensor x, Tensor? residual, Tensor norm_weight, float epsilon, {_LAYER}) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "grouped_linear(Tensor x, Tensor experts, Tensor tiles, Tensor scales, Tensor? zeros, SymInt out_features, "
+    "Tensor? cos_sin, Tensor? mix) -> Tensor"
 )
 _LIBRARY.define(
     "packed_embedding(Tensor ids, Tensor tiles, Tensor scales, Tensor? zeros, SymInt in_features, ScalarType dtype, "
@@ -61,6 +66,14 @@ def _norm_linear_triton(
     return y, x.new_empty(0) if total is None else total
 
 
+def _grouped_linear_triton(x, *arguments) -> torch.Tensor:
+    if x.is_cuda and x.dtype == torch.float32:  # the matrix units do not take it
+        return tiled_grouped_linear(x, *arguments)
+    from .triton_grouped import grouped_linear
+
+    return grouped_linear(x, *arguments)
+
+
 def _packed_embedding_triton(ids, *arguments) -> torch.Tensor:
     from .triton_embedding import packed_embedding
 
@@ -92,6 +105,10 @@ def _norm_linear_cpu(x, *tensors) -> tuple[torch.Tensor, torch.Tensor]:
     return y, x.new_empty(0) if total is None else total
 
 
+def _grouped_linear_cpu(x, *arguments) -> torch.Tensor:
+    return _interpret(_grouped_linear_triton, x, *arguments) if interpreted() else tiled_grouped_linear(x, *arguments)
+
+
 def _packed_embedding_cpu(ids, tiles, scales, zeros, in_features, dtype, cos_sin, mix) -> torch.Tensor:
     if interpreted():
         wide = torch.float32 if dtype == torch.bfloat16 else dtype  # as in `_interpret`
@@ -105,6 +122,8 @@ _LIBRARY.impl("packed_linear", _packed_linear_cpu, "CPU")
 _LIBRARY.impl("packed_linear", _packed_linear_triton, "CUDA")
 _LIBRARY.impl("norm_linear", _norm_linear_cpu, "CPU")
 _LIBRARY.impl("norm_linear", _norm_linear_triton, "CUDA")
+_LIBRARY.impl("grouped_linear", _grouped_linear_cpu, "CPU")
+_LIBRARY.impl("grouped_linear", _grouped_linear_triton, "CUDA")
 _LIBRARY.impl("packed_embedding", _packed_embedding_cpu, "CPU")
 _LIBRARY.impl("packed_embedding", _packed_embedding_triton, "CUDA")
 
@@ -123,6 +142,11 @@ def _(x, tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits
 def _(x, residual, norm_weight, epsilon, tiles, scales, zeros, bias, out_features, *rotation):
     total = x.new_empty(0 if residual is None else x.shape)
     return x.new_empty(*x.shape[:-1], out_features), total
+
+
+@torch.library.register_fake("bq::grouped_linear")
+def _(x, experts, tiles, scales, zeros, out_features, *rotation):
+    return x.new_empty(*experts.shape, out_features)
 
 
 @torch.library.register_fake("bq::packed_embedding")
@@ -168,6 +192,20 @@ def norm_linear(
     layer = (tiles, scales, zeros, bias, out_features, cos_sin, mix, activation_bits)
     y, total = torch.ops.bq.norm_linear(x, residual, norm_weight, epsilon, *layer)
     return y, None if residual is None else total
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    out_features: int,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """W′ₑ (Q x) for the experts e of every row; arguments and result as `tiles.grouped_linear`. Inference only."""
+    return torch.ops.bq.grouped_linear(x, experts, tiles, scales, zeros, out_features, cos_sin, mix)
 
 
 def packed_embedding(

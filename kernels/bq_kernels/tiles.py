@@ -233,6 +233,37 @@ def tiled_linear(
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
+def grouped_linear(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    out_features: int,
+    cos_sin: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """W′ₑ (Q x) for the experts e of every row of x, in plain torch: the kernel is tested against it.
+
+    Args:
+        x: [M, K], any float dtype.
+        experts: int [M, k], those of every row; -1 for none.
+        tiles, scales, zeros: from `tile`, of all experts: one dimension more in front.
+        out_features: N.
+        cos_sin, mix: tables of Q, which all experts share; None without a rotation.
+
+    Returns:
+        [M, k, N] in the dtype of `x`, 0 where there is no expert.
+    """
+    out = x.new_zeros(*experts.shape, out_features)
+    x = x if cos_sin is None else apply_rotation(x, cos_sin, mix)
+    for expert in range(len(tiles)):
+        row, place = (experts == expert).nonzero(as_tuple=True)
+        own = tiles[expert], scales[expert], None if zeros is None else zeros[expert]
+        out[row, place] = tiled_linear(x[row], *own, None, out_features)
+    return out
+
+
 def norm_linear(
     x: torch.Tensor,
     residual: torch.Tensor | None,

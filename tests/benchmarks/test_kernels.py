@@ -31,6 +31,16 @@ def test_kernels(run, tmp_path):
         assert f"left out: smoke smoke, {peer}" in printed or peer in record["rows"][0]["times"]
 
 
+def test_mixture(run, tmp_path):
+    printed = run("kernels.py", "mixture", "--smoke", "--json", tmp_path / "mixture.json")
+    record = json.loads((tmp_path / "mixture.json").read_text())
+    assert [row["rows"] for row in record["rows"]] == [1, 5]
+    assert all(
+        row["times"].keys() >= row["errors"].keys() and max(row["errors"].values()) < 1e-2 for row in record["rows"]
+    )
+    assert "MLP of a mixture" in printed
+
+
 def test_vocabulary(run, tmp_path):
     printed = run("kernels.py", "vocabulary", "--smoke", "--json", tmp_path / "vocabulary.json")
     record = json.loads((tmp_path / "vocabulary.json").read_text())

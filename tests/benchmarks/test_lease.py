@@ -191,6 +191,7 @@ def test_steps(tmp_path, rehearse):
             "kernels",
             "layer",
             "vocabulary",
+            "mixture",
             "serving",
             "calibration",
             "training",
