@@ -12,6 +12,7 @@ from benchmarks.rotation_ablations.measure import MatrixRotation
 GROUP, BITS = 32, 3
 
 
+@pytest.mark.slow
 def test_ablations(model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"t{n}" for n in torch.randint(1, 64, (1500,)).tolist()))

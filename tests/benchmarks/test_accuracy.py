@@ -12,6 +12,7 @@ from benchmarks.accuracy_table.methods import ROWS, TOKENS, Row, baseline_module
 from benchmarks.accuracy_table.report import mean_accuracy
 
 
+@pytest.mark.slow
 def test_table_from_what_is_there(tmp_path, capsys):
     out = tmp_path / "out"
     perplexities = {("16-bit", 0): 20.0, ("RTN (our implementation)", 1): 4000.0}

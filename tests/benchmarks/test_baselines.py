@@ -44,6 +44,7 @@ def nearest(model: Path, levels: str):
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", ["midrise", "minmax"])
 @pytest.mark.parametrize("method", [awq.main, partial(omniquant.main, steps=40)], ids=["awq", "omniquant"])
 def test_clipping_baselines(model, tokens, tmp_path, method, levels):

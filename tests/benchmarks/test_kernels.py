@@ -31,6 +31,7 @@ def test_kernels(run, tmp_path):
         assert f"left out: smoke smoke, {peer}" in printed or peer in record["rows"][0]["times"]
 
 
+@pytest.mark.slow
 def test_mixture(run, tmp_path):
     printed = run("kernels.py", "mixture", "--smoke", "--json", tmp_path / "mixture.json")
     record = json.loads((tmp_path / "mixture.json").read_text())

@@ -93,6 +93,7 @@ def runs(model, text, tmp_path) -> Runs:
     return Runs(tmp_path, model, text)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(runs):
     """The same blocks, trained by one process and by two with sharded codes: the same losses and held-out text."""
     runs.add("begun", 1, interrupted=0, **CODES)
