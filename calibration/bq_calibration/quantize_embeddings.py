@@ -1,4 +1,4 @@
-"""The embedding and the LM head in few bits, once everything between them is done.
+"""The embedding and the LM head in few bits, once everything between them is rounded.
 
 Rows are tokens and are rounded one by one, each with scales of its own: how often a token occurs changes nothing.
 """
@@ -50,7 +50,7 @@ def quantize_embeddings(
         config: the checkpoint's format.
         recipe: settings of the run.
         tokens: int64 [samples, seqlen].
-        blocks: folder with the tensors of the quantized layers, and of trained norms.
+        blocks: folder with the tensors of the quantized layers, and of norms that their training has changed.
         workspace: keeps the result under EMBEDDINGS.
         progress: shows a bar.
 
@@ -110,7 +110,7 @@ def head_inputs(
     Args:
         source: the 16-bit model.
         config: the checkpoint's format.
-        packed: tensors of the quantized layers, and of trained norms.
+        packed: tensors of the quantized layers, and of norms that their training has changed.
         embedding: its rounded weight, by name; empty for that of the 16-bit model.
         tokens: this process's, int64 [samples, seqlen].
         progress: shows a bar.
