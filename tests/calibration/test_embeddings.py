@@ -23,6 +23,7 @@ from bq_calibration.recipes import make_recipe
 from bq_calibration.store import TensorStore
 from bq_calibration.student import Student
 from bq_calibration.teacher import ResidentTeacher
+from bq_calibration.training_plan import training_plan
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -293,6 +294,17 @@ def test_dry_run_counts_them(tied, model, text, tmp_path):
     verified = verify(tied)
     assert plan["checkpoint_bytes"] == verified.total_bytes
     assert plan["file_bits_per_weight"] == pytest.approx(verified.file_bits_per_weight())
+
+
+def test_training_plan_counts_them(untied_model):
+    source = SourceModel(str(untied_model), torch.device("cpu"), "float32")
+    weights, table = 320 * 96, 0.5 + 20 / 32  # bytes per weight: codes, and scales with their moments
+    needed = {}
+    for bits in ((16, 16), (4, 16), (16, 4)):
+        settings = SMALL | dict(train_tokens=64, embedding_bits=bits[0], head_bits=bits[1])
+        needed[bits] = training_plan(source, make_recipe("fast", settings), 10**10).memory_bytes
+    assert needed[4, 16] - needed[16, 16] == pytest.approx((table - 4) * weights, abs=1)
+    assert needed[16, 4] - needed[16, 16] == pytest.approx((table + 12) * weights, abs=1)
 
 
 def test_card(tied, untied):
