@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from bq_kernels.format import EMBEDDING, HEAD, FormatError, QuantConfig, TensorSpec
+from bq_kernels.shards import tensor_files
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -101,7 +102,10 @@ def verify(folder: Path, dtypes: set[str] | None = None) -> Verified:
         UserError: naming the file or tensor, the value found and the value expected.
     """
     data, config = read_config(folder)
-    store = TensorStore(folder)
+    try:
+        store = TensorStore(folder, sorted(set(tensor_files(folder).values())))
+    except FormatError as error:
+        raise UserError(str(error)) from error
     with explain(f"{folder / 'config.json'}: transformers cannot read it"):
         parsed = AutoConfig.from_pretrained(folder)
         del parsed.quantization_config
