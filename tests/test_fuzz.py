@@ -453,3 +453,28 @@ def test_readers_agree(count, sound, quiet, tmp_path):
         shutil.rmtree(folder)
     assert not problems, f"BQ_TEST_SEED={seed}: {len(problems)} of {count}\n" + "\n".join(problems)
     assert count / 20 < read < count / 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_VLLM or torch.cuda.is_available(), reason="this runs vLLM's CPU build")
+def test_engines_agree(sound, quiet, tmp_path):
+    """Whole engines, on a handful: the plugin's refusal reaches the user, or the tokens are those of the decoding."""
+    from .vllm.test_engine import assert_same, expected, run_engines
+
+    chooser, read, refused = random.Random(0), [], {}
+    for number in range(200):
+        folder = tmp_path / str(number)
+        _, _, same = mutate(sound, folder, chooser)
+        if not same:
+            continue
+        served = ask(by_vllm, folder, (FormatError,))
+        if served.refusal is None and ask(by_inspect, folder, (UserError,)).refusal is None and len(read) < 2:
+            read.append(folder)
+        elif served.refusal is not None and len(refused) < 3:
+            refused[folder] = served.refusal.removeprefix("FormatError: ")
+    jobs = [{"model": str(folder), "fails": folder in refused} for folder in (*read, *refused)]
+    answers, printed = run_engines(tmp_path, jobs, TORCHDYNAMO_DISABLE="1")
+    for folder, answer in zip(read, answers, strict=False):
+        assert_same(answer["base"], expected(tiny.decode(folder)))
+    for (folder, refusal), answer in zip(refused.items(), answers[len(read) :], strict=True):
+        assert "error" in answer and (refusal in printed or "no such" in refusal), f"{folder}: {refusal}"

@@ -58,18 +58,20 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Header of a safetensors file, and the place where its data begins.
 
     Raises:
-        FormatError: if the file is not a whole safetensors file.
+        FormatError: if the file is not a whole safetensors file, or cannot be read.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        begin = 8 + int.from_bytes(file.read(8), "little")
-        try:
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
             if begin > size:
                 raise ValueError("the header goes beyond the end")
             header = json.loads(file.read(begin - 8))
-            expected = begin + _data_bytes(header)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise FormatError(f"{path}: not a whole safetensors file; download it again") from None
+        expected = begin + _data_bytes(header)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise FormatError(f"{path}: not a whole safetensors file; download it again") from None
     if size != expected:
         raise FormatError(f"{path}: damaged, {size} bytes of {expected}; download it again")
     return header, begin
@@ -81,7 +83,8 @@ def _data_bytes(header: dict[str, Any]) -> int:
     Raises:
         ValueError, TypeError, KeyError, AttributeError: if the header is not one of safetensors.
     """
-    for key, value in (header.get("__metadata__") or {}).items():
+    metadata = header.get("__metadata__")
+    for key, value in ({} if metadata is None else metadata).items():
         if not isinstance(value, str):
             raise TypeError(f"metadata {key} is not text")
     end = 0
@@ -247,7 +250,10 @@ def _compare_all(folder: Path, sums: dict[str, str], shards: list[str]) -> None:
     """Compare files with `sums`, and tensors of `shards` with the sums in their headers, in parallel."""
 
     def check_file(name: str) -> str | None:
-        return None if file_sha256(folder / name) == sums[name] else _difference(folder / name)
+        try:
+            return None if file_sha256(folder / name) == sums[name] else _difference(folder / name)
+        except OSError as error:
+            return f"{folder / name}: cannot be read ({error.strerror}); {REMEDY}"
 
     def check_tensors(name: str) -> str | None:
         differing = differing_tensors(folder / name)
