@@ -135,7 +135,7 @@ class ButterflyConfig(QuantizationConfig):
         """Method of an embedding or an LM head; None where it is not packed."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        from .embedding import ButterflyEmbeddingMethod, TiedHeadMethod
+        from .embedding import ButterflyEmbeddingMethod, TiedHeadMethod, UntiedHeadMethod
 
         embeddings = [name for name in self.quant.module_bits if name.rpartition(".")[2] == EMBEDDING]
         is_head = isinstance(layer, ParallelLMHead)
@@ -143,6 +143,6 @@ class ButterflyConfig(QuantizationConfig):
         name = prefix or (embeddings[0] if len(embeddings) == 1 and not is_head else prefix)
         if self.quant.packs(name):
             return ButterflyEmbeddingMethod(self.quant, name)
-        if is_head and embeddings and not self.quant.skips(name):
-            return TiedHeadMethod(name)
+        if is_head and embeddings:
+            return UntiedHeadMethod(name) if self.quant.skips(name) else TiedHeadMethod(name)
         return None

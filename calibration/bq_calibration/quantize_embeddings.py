@@ -41,7 +41,7 @@ def quantize_embeddings(
 ) -> tuple[TensorStore, list[dict[str, Any]]]:
     """Round the embedding and the LM head where `config` packs them.
 
-    The LM head is rounded for the states that the quantized model gives it, those of a rounded embedding if there is
+    The LM head is rounded for the states that the rounded layers give it, those of a rounded embedding if there is
     one. The error of a look-up counts alike in all features: the Hessian of an embedding is the identity. Where both
     are one weight, it is rounded as LM head: a share of the identity in its Hessian has cost more than it gained.
 
@@ -105,7 +105,7 @@ def head_inputs(
     tokens: torch.Tensor,
     progress: Progress,
 ) -> InputStatistics:
-    """Statistics of the states in front of the LM head of the quantized model, in all processes.
+    """Statistics of the states in front of the LM head of the rounded model, in all processes.
 
     Args:
         source: the 16-bit model.
@@ -116,10 +116,8 @@ def head_inputs(
         progress: shows a bar.
     """
     task = progress.add_task("states in front of the LM head", total=source.num_blocks)
-    final_norm = f"{source.decoder_name}.norm.weight"
-    norm = {final_norm: packed.get(final_norm)} if final_norm in packed else {}
     statistics = InputStatistics(source.text_config.hidden_size, source.device)
-    with source.replaced(embedding | norm):
+    with source.replaced(embedding):
         hidden = source.embed(tokens)
         for index in range(source.num_blocks):
             with source.block(index) as block:
