@@ -242,7 +242,8 @@ def test_rounded_embeddings_are_trained(name, trained, text):
     for folder in (rounded, out):
         student = Student(model, read_config(folder)[1], TensorStore(folder))
         found = held_out(student, text, ResidentTeacher(model, text.tokens))
-        assert found == pytest.approx(mean_kl(folder, source, text.tokens), rel=1e-3)
+        # the checkpoint's biases and 16-bit tables are in bfloat16
+        assert found == pytest.approx(mean_kl(folder, source, text.tokens), rel=1e-2)
     losses = stages[1]["losses"]
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
