@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from bq_kernels.checksums import compare_for_loading, read_header
+from bq_kernels.checksums import compare_for_loading
 from bq_kernels.format import EMBEDDING, QUANT_METHOD, FormatError, QuantConfig
+from bq_kernels.shards import tensor_files
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.transformers_utils.repo_utils import try_get_local_file
 
 
 def check_shards(directory: Path) -> None:
-    """Refuse a local checkpoint with a damaged or missing file; vLLM's own error names none, or there is no error.
+    """Refuse a local checkpoint with a damaged, missing or surplus file; vLLM's own error names none, or there is none.
 
     Raises:
         FormatError: naming the file, and the tensor where that can be told.
     """
-    for index in directory.glob("*.safetensors.index.json"):
-        try:
-            shards = sorted({directory / name for name in json.loads(index.read_bytes())["weight_map"].values()})
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise FormatError(f"{index}: not a valid index; download it again") from None
-        for shard in shards:
-            if not shard.is_file():
-                raise FormatError(f"{shard}: missing, though {index.name} lists it")
-    for path in sorted(directory.glob("*.safetensors")):
-        read_header(path)
+    tensor_files(directory)
     compare_for_loading(directory)
 
 
@@ -143,7 +134,7 @@ class ButterflyConfig(QuantizationConfig):
         """Method of an embedding or an LM head; None where it is not packed."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        from .embedding import ButterflyEmbeddingMethod, TiedHeadMethod
+        from .embedding import ButterflyEmbeddingMethod, TiedHeadMethod, UntiedHeadMethod
 
         embeddings = [name for name in self.quant.module_bits if name.rpartition(".")[2] == EMBEDDING]
         is_head = isinstance(layer, ParallelLMHead)
@@ -151,6 +142,6 @@ class ButterflyConfig(QuantizationConfig):
         name = prefix or (embeddings[0] if len(embeddings) == 1 and not is_head else prefix)
         if self.quant.packs(name):
             return ButterflyEmbeddingMethod(self.quant, name)
-        if is_head and embeddings and not self.quant.skips(name):
-            return TiedHeadMethod(name)
+        if is_head and embeddings:
+            return UntiedHeadMethod(name) if self.quant.skips(name) else TiedHeadMethod(name)
         return None

@@ -69,6 +69,26 @@ class ButterflyEmbeddingMethod(ButterflyLinearMethod):
             self.apply(layer, x, bias)
 
 
+class UntiedHeadMethod(UnquantizedEmbeddingMethod):
+    """An LM head in 16 bits in a model whose embedding is packed.
+
+    Args:
+        module: name of the LM head.
+    """
+
+    def __init__(self, module: str) -> None:
+        super().__init__()
+        self.module = module
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        """Refuse a model that ties it.
+
+        Raises:
+            FormatError: always.
+        """
+        raise FormatError(f"modules_to_not_convert: {self.module} is tied to the embedding, which is packed")
+
+
 class TiedHeadMethod(QuantizeMethodBase):
     """An LM head without tensors, which multiplies with those of the packed embedding: there is one copy of them.
 

@@ -49,23 +49,24 @@ def divergence_of(loss: str) -> Callable:
 
     def divergence(student: RecordingStudent, output: torch.Tensor, target: torch.Tensor):
         if rowwise is None or not torch.is_grad_enabled():  # held-out text is always measured by KL
-            total, gradient = PLAIN(student, output, target)
+            total = PLAIN(student, output, target)
             if loss == "kl+states" and torch.is_grad_enabled():
-                states = output.detach().float().requires_grad_()
-                error = (states - target).square().sum(-1) / target.float().square().sum(-1)
-                gradient = gradient + STATES_WEIGHT * torch.autograd.grad(error.sum(), states)[0]
-            return total, gradient
+                error = (output.float() - target).square().sum(-1) / target.float().square().sum(-1)
+                total = total + STATES_WEIGHT * (error.sum() - error.sum().detach())  # only its gradient counts
+            return total
         labels = F.pad(student.vocabulary.place(student.tokens[:, 1:]), (0, 1), value=-1).flatten()
         total, gradients = torch.zeros(()), []
         parts = (part.split(ROWS) for part in (output.detach().flatten(0, -2), target.flatten(0, -2), labels))
         for states, wanted, label in zip(*parts, strict=True):
             states.requires_grad_()
             with torch.no_grad():
-                wanted = student.logits(wanted).float().log_softmax(-1)
+                wanted = student.original_head(wanted.to(student.source.training_dtype)).float().log_softmax(-1)
             value = rowwise(student.logits(states).float().log_softmax(-1), wanted, label).sum()
             gradients.append(torch.autograd.grad(value, states)[0])
             total += value.detach()
-        return total, torch.cat(gradients).view(output.shape)
+        gradient = torch.cat(gradients).view(output.shape)
+        product = (output * gradient).sum()  # whose gradient is that one
+        return product - product.detach() + total
 
     return divergence
 

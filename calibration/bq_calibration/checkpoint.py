@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from bq_kernels.format import EMBEDDING, HEAD, FormatError, QuantConfig, TensorSpec
+from bq_kernels.shards import tensor_files
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -99,7 +100,10 @@ def verify(folder: Path, dtypes: set[str] | None = None) -> Verified:
         UserError: naming the file or tensor, the value found and the value expected.
     """
     data, config = read_config(folder)
-    store = TensorStore(folder)
+    try:
+        store = TensorStore(folder, sorted(set(tensor_files(folder).values())))
+    except FormatError as error:
+        raise UserError(str(error)) from error
     with explain(f"{folder / 'config.json'}: transformers cannot read it"):
         parsed = AutoConfig.from_pretrained(folder)
         del parsed.quantization_config
@@ -113,6 +117,7 @@ def verify(folder: Path, dtypes: set[str] | None = None) -> Verified:
     tables = {name: tuple(module.weight.shape) for name, module in embeddings.items()}
     try:
         _check_settings(config, {*layers, *embeddings}, {*dict(model.named_modules()), *store.names()})
+        _check_blocks(config, layers)
         if tied_head(model) and tables and config.skips(HEAD):
             raise FormatError(f"modules_to_not_convert: {HEAD} is tied to {next(iter(tables))}, which is packed")
         dtypes = dtypes or _stated_dtypes(folder, data)
@@ -172,6 +177,22 @@ def _check_settings(config: QuantConfig, layers: set[str], names: set[str]) -> N
             raise FormatError(f"modules_to_not_convert: the model has no module {skipped}")
 
 
+def _first(name: str, group: InputGroup) -> str:
+    """Full name of the first layer of the group to which the layer of that full name belongs."""
+    return name.removesuffix(next(part for part in group.layers if name.endswith(part))) + group.layers[0]
+
+
+def _check_blocks(config: QuantConfig, layers: Layers) -> None:
+    """Refuse rotation blocks of different sizes in front of layers that share an input."""
+    for name, (_, group) in layers.items():
+        block, first = config.rotation.block(name), _first(name, group)
+        if first in layers and block != config.rotation.block(first):
+            raise FormatError(
+                f"rotation.block_size: {block} for {name}, {config.rotation.block(first)} for {first}; layers that "
+                "share an input share one rotation"
+            )
+
+
 def _expected(
     model: PreTrainedModel, packed: dict[str, tuple[int, int]], config: QuantConfig
 ) -> dict[str, TensorSpec | torch.Tensor]:
@@ -228,7 +249,7 @@ def _stored_bits(store: TensorStore, layers: Layers, config: QuantConfig) -> dic
     """Bits of the packed layers by part; angles counted once for layers that share them, and equal in all of them."""
     bits = dict.fromkeys(("codes", "scales", "zeros", "angles"), 0)
     for name, (layer, group) in layers.items():
-        sibling = name.removesuffix(next(part for part in group.layers if name.endswith(part))) + group.layers[0]
+        sibling = _first(name, group)
         for suffix in config.tensors(name, layer.in_features, layer.out_features):
             if suffix != "angles" or name == sibling:
                 bits["codes" if suffix == "qweight" else suffix] += store.nbytes(f"{name}.{suffix}") * 8

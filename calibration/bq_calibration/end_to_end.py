@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bq_kernels.divergence import divergence_
 from bq_kernels.format import QuantConfig
 from rich.progress import Progress
 
 from . import parallel
 from .model import SourceModel
+from .next_token_loss import divergence
 from .optimizer import Optimizer, latent_dtype
 from .recipes import Recipe
 from .sampling import batch_of
@@ -32,7 +32,6 @@ from .workspace import STABLE, Workspace
 
 # peak Adam learning rates by kind of parameter, as shares of the recipe's; codes have one of their own
 RATES = {"scales": 1.0, "zeros": 1.0, "angles": 0.4, "norms": 0.1}
-LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**30}  # of one model's logits that are in memory at a time
 CURVE = "training.jsonl"  # a line per step
 MEASUREMENTS = 10  # of the divergence on held-out text, spread over a training
 
@@ -65,10 +64,10 @@ def train_end_to_end(
     recipe: Recipe,
     text: TrainingText,
     workspace: Workspace,
-    blocks: str,
+    packed: TensorStore,
     memory_budget: int,
     progress: Progress,
-) -> tuple[Path, list[dict[str, Any]]]:
+) -> tuple[TensorStore, list[dict[str, Any]]]:
     """The end-to-end stage of a recipe.
 
     Args:
@@ -77,23 +76,21 @@ def train_end_to_end(
         recipe: settings of the run.
         text: to train on.
         workspace: keeps the result.
-        blocks: name of its folder with the tensors of the rounded blocks.
+        packed: tensors of the rounded layers, embedding and LM head.
         memory_budget: bytes that training may take, in each process.
         progress: shows a bar.
 
     Returns:
-        the folder with the last tensors, and a report per stage, the rounded model's first.
+        the tensors that stand in place of `packed` now, and a report per stage, the rounded model's first.
     """
-    folder = workspace.path / blocks
     if not recipe.train_tokens:
-        return folder, []
+        return packed, []
     plan = TrainingPlan(
         **workspace.json(
             f"plan/{parallel.size()}",  # an interrupted run may go on with more processes, or fewer
             lambda: training_plan(source, recipe, memory_budget).to_dict(),
         )
     )
-    packed = TensorStore(folder)
     if plan.stores_teacher:
         kept = workspace.tensors("teacher", lambda: {"states": teacher_states(source, text.tokens, progress)})
         teacher = StoredTeacher(kept["states"], source.device)
@@ -114,31 +111,7 @@ def train_end_to_end(
     )
     if parallel.is_first():
         shutil.rmtree(saved[0], ignore_errors=True)
-    return workspace.path / "train", [*stages, {"stage": "train"} | report]
-
-
-def divergence(student: Student, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of KL(16-bit ‖ quantized) over tokens in nats, and its gradient.
-
-    Args:
-        output: states of the quantized model, [..., hidden].
-        target: those of the 16-bit model.
-
-    Returns:
-        the divergence, a float32 scalar on the device, and its gradient with respect to `output`. It is taken here,
-        some rows at a time, because the logits of a step would be gigabytes.
-    """
-    total = torch.zeros((), device=output.device)
-    weight = student.head.weight
-    rows = max(1, LOGIT_BYTES[output.device.type] // (weight.element_size() * len(weight)))
-    gradients = []
-    with torch.no_grad():
-        pairs = zip(output.flatten(0, -2).split(rows), target.flatten(0, -2).split(rows), strict=True)
-        for states, wanted in pairs:
-            logits = student.logits(states)
-            total += divergence_(logits, student.logits(wanted)).sum()
-            gradients.append((logits @ weight).to(output.dtype))
-    return total, torch.cat(gradients).view(output.shape)
+    return TensorStore(workspace.path / "train"), [*stages, {"stage": "train"} | report]
 
 
 @torch.no_grad()
@@ -155,7 +128,7 @@ def held_out(student: Student, text: TrainingText, teacher: StoredTeacher | Resi
         filled = torch.cat((rows, numbers[:1].expand(batch - len(rows))))
         states = student.states(text.tokens[filled].to(student.source.device, torch.int64))
         if len(rows):
-            total += divergence(student, states[: len(rows)], teacher.states(rows))[0]
+            total += divergence(student, states[: len(rows)], teacher.states(rows))
     return parallel.total(total).item() / (text.held_out * text.tokens.shape[1])
 
 
@@ -195,7 +168,7 @@ def train_model(
         source: the 16-bit model.
         config: the checkpoint's format.
         recipe: settings of the run.
-        packed: tensors of the quantized layers, and of norms that training has changed.
+        packed: tensors of all that is packed, and of norms that training has changed.
         text: to train on.
         teacher: gives the 16-bit model's states.
         plan: how it fits into memory.
@@ -216,10 +189,9 @@ def train_model(
         own = text.batch(step, size, recipe.seed)[parallel.rank() :: parallel.size()]
         for rows in own.split(plan.micro_batch):
             tokens = text.tokens[rows].to(source.device, torch.int64, non_blocking=True)
-            output = student.states(tokens)
-            loss, gradient = divergence(student, output, teacher.states(rows))
-            output.backward(gradient / tokens_per_step)
-            total += loss
+            loss = divergence(student, student.states(tokens), teacher.states(rows))
+            (loss / tokens_per_step).backward()
+            total += loss.detach()
         return parallel.total(total / tokens_per_step)
 
     steps = recipe.train_steps
@@ -245,6 +217,7 @@ def train_model(
         "tokens_per_step": tokens_per_step,
         "losses": curve.losses,
         "held_out_curve": curve.held_out,
+        "embeddings": [name for name in source.embedding_names if config.packs(name)],
         "plan": plan.to_dict(),
     }
     if curve.held_out:

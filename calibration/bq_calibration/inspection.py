@@ -71,7 +71,8 @@ def check_tokenizer(folder: Path) -> None:
     except BaseException as error:  # some tokenizers end in a panic of Rust
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({error}); copy that of the 16-bit model") from error
+        words = " ".join(str(error).split())
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({words}); copy that of the 16-bit model") from error
     if not text.strip():
         raise UserError(f"{folder}: the tokenizer knows no text, it is damaged; copy that of the 16-bit model")
 

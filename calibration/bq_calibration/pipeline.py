@@ -162,8 +162,9 @@ class Calibration:
             bits = work.json("module_bits", lambda: mixed_bits(source, self.config, recipe, tokens, progress))
             self.config = dataclasses.replace(self.config, module_bits=self.config.module_bits | bits)
         blocks = quantize_blocks(source, self.config, recipe, tokens, work, progress)
-        trained, stages = self._train(tokens, progress)
-        packed, embeddings = quantize_embeddings(source, self.config, recipe, tokens, trained, work, progress)
+        folder = work.path / BLOCKS
+        packed, embeddings = quantize_embeddings(source, self.config, recipe, tokens, folder, work, progress)
+        packed, stages = self._train(tokens, packed, progress)
         used = tokens.numel() - recipe.held_out * tokens.shape[1] * recipe.trains
         return parallel.from_first(lambda: self._finish(packed, used, blocks, stages, embeddings))
 
@@ -186,8 +187,10 @@ class Calibration:
         work.publish(final)
         return report
 
-    def _train(self, windows: torch.Tensor, progress: Progress) -> tuple[Path, list[dict[str, Any]]]:
-        """The end-to-end stage on the recipe's mix, or on the windows that the blocks have seen."""
+    def _train(
+        self, windows: torch.Tensor, packed: TensorStore, progress: Progress
+    ) -> tuple[TensorStore, list[dict[str, Any]]]:
+        """The end-to-end stage of a rounded model: on the recipe's mix, or on the windows that the blocks have seen."""
         recipe, mixed = self.recipe, None
         if recipe.train_tokens and recipe.mix is not None:
             mixed = training_rows(self.source, recipe, recipe.text_samples, self.workspace, progress)
@@ -195,7 +198,7 @@ class Calibration:
         else:
             count = len(windows) - recipe.held_out
             text = TrainingText(torch.cat((windows[count:], windows[:count])), recipe.held_out, shuffled=True)
-        arguments = (self.source, self.config, recipe, text, self.workspace, BLOCKS, self.memory_budget, progress)
+        arguments = (self.source, self.config, recipe, text, self.workspace, packed, self.memory_budget, progress)
         tensors, stages = train_end_to_end(*arguments)
         if mixed is not None:
             stages[-1]["text"] = mixed.report

@@ -144,15 +144,17 @@ def plan(source: SourceModel, config: QuantConfig, recipe: Recipe, memory_budget
     if embeddings and len(source.embedding_names) == 1:
         shapes.pop(f"{HEAD}.weight", None)
     rest = sum(math.prod(shape) * source.kept_dtype(name).itemsize for name, shape in shapes.items())
-    rest += sum(sum(_stored_bytes(config, name, *shape).values()) for name, shape in embeddings.items())
+    tables = sum(sum(_stored_bytes(config, name, *shape).values()) for name, shape in embeddings.items())
     everything = weights * count + sum(map(math.prod, [*shapes.values(), *embeddings.values()]))
     bits = recipe.target_bpw or 8 * (packed - shared) / weights
-    checkpoint = int(bits * weights * count / 8) + shared * count + rest
+    layers = int(bits * weights * count / 8) + shared * count
+    checkpoint = layers + tables + rest
+    counts = weights * count, sum(map(math.prod, embeddings.values()))
     return Plan(
         bits,
         8 * checkpoint / everything,
         checkpoint,
-        _disk(source, config, recipe, checkpoint, checkpoint - rest, weights * count),
+        _disk(source, config, recipe, checkpoint, layers + tables, *counts),
         max(
             _memory(source, recipe, weights, features, memory_budget),
             _embedding_memory(source, recipe, embeddings),
@@ -172,12 +174,25 @@ def _states(source: SourceModel, recipe: Recipe) -> int:
     return recipe.windows * recipe.seqlen * source.text_config.hidden_size * source.dtype.itemsize
 
 
-def _disk(source: SourceModel, config: QuantConfig, recipe: Recipe, checkpoint: int, packed: int, weights: int) -> int:
-    """Checkpoint, other files, finished blocks, tokens; end to end the teacher's states, stages, Adam's moments too."""
+def _disk(
+    source: SourceModel, config: QuantConfig, recipe: Recipe, checkpoint: int, packed: int, weights: int, tables: int
+) -> int:
+    """Checkpoint, other files, finished blocks, tokens; end to end the teacher's states, stages, Adam's moments too.
+
+    Args:
+        source: the 16-bit model.
+        config: the checkpoint's format.
+        recipe: settings of the run.
+        checkpoint: bytes of its tensors.
+        packed: bytes of those that are packed.
+        weights: of the linear layers.
+        tables: weights of a packed embedding and LM head.
+    """
     carried = sum((source.folder / name).stat().st_size for name in carried_files(source.folder))
     needed = checkpoint + carried + packed + recipe.windows * recipe.seqlen * 8
     if recipe.train_tokens:
-        trained = weights if recipe.train_codes else weights // config.group(source.text_config.hidden_size)
+        scales = (weights + tables) // config.group(source.text_config.hidden_size)
+        trained = weights + scales if recipe.train_codes else scales
         moments = 12 if recipe.optimizer_bits == 32 else 5  # value and moments, per parameter
         files = 2 + (recipe.schedule == "wsd")  # while a file is replaced it is there twice
         text = recipe.text_samples * recipe.seqlen

@@ -1,4 +1,4 @@
-"""The embedding and the LM head in few bits, once everything between them is done.
+"""The embedding and the LM head in few bits, once everything between them is rounded.
 
 Rows are tokens and are rounded one by one, each with scales of its own: how often a token occurs changes nothing.
 """
@@ -41,7 +41,7 @@ def quantize_embeddings(
 ) -> tuple[TensorStore, list[dict[str, Any]]]:
     """Round the embedding and the LM head where `config` packs them.
 
-    The LM head is rounded for the states that the quantized model gives it, those of a rounded embedding if there is
+    The LM head is rounded for the states that the rounded layers give it, those of a rounded embedding if there is
     one. The error of a look-up counts alike in all features: the Hessian of an embedding is the identity. Where both
     are one weight, it is rounded as LM head: a share of the identity in its Hessian has cost more than it gained.
 
@@ -50,7 +50,7 @@ def quantize_embeddings(
         config: the checkpoint's format.
         recipe: settings of the run.
         tokens: int64 [samples, seqlen].
-        blocks: folder with the tensors of the quantized layers, and of trained norms.
+        blocks: folder with the tensors of the quantized layers, and of norms that their training has changed.
         workspace: keeps the result under EMBEDDINGS.
         progress: shows a bar.
 
@@ -105,21 +105,19 @@ def head_inputs(
     tokens: torch.Tensor,
     progress: Progress,
 ) -> InputStatistics:
-    """Statistics of the states in front of the LM head of the quantized model, in all processes.
+    """Statistics of the states in front of the LM head of the rounded model, in all processes.
 
     Args:
         source: the 16-bit model.
         config: the checkpoint's format.
-        packed: tensors of the quantized layers, and of trained norms.
+        packed: tensors of the quantized layers, and of norms that their training has changed.
         embedding: its rounded weight, by name; empty for that of the 16-bit model.
         tokens: this process's, int64 [samples, seqlen].
         progress: shows a bar.
     """
     task = progress.add_task("states in front of the LM head", total=source.num_blocks)
-    final_norm = f"{source.decoder_name}.norm.weight"
-    norm = {final_norm: packed.get(final_norm)} if final_norm in packed else {}
     statistics = InputStatistics(source.text_config.hidden_size, source.device)
-    with source.replaced(embedding | norm):
+    with source.replaced(embedding):
         hidden = source.embed(tokens)
         for index in range(source.num_blocks):
             with source.block(index) as block:

@@ -14,6 +14,7 @@ from torch import nn
 from . import parallel
 from .rotation import ButterflyRotation
 
+UNPACKED_ROWS = 8192  # of a weight that is unpacked as a whole
 INIT_MARGIN = 0.45  # how far from its stored code, in steps, a latent code may be when training begins
 
 
@@ -65,6 +66,32 @@ class SharedRotation(nn.Module):
         return rotated
 
 
+def weight_of(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """W′ = s·(q − z), float32 [..., N, K].
+
+    Args:
+        codes: packed, int32 [..., N, K·bits/32], or latent, float [..., N, groups, group_size], to round.
+        scales: float32 [..., N, groups].
+        zeros: the same, or None for mid-rise.
+        bits: bits per code.
+    """
+    if codes.is_floating_point():
+        codes = codes.float().round().clamp_(0, largest_code(bits))
+    else:
+        codes = unpack(codes, bits).view(*scales.shape, -1)
+    return levels(codes, scales, zeros, bits).flatten(-2)
+
+
+def level_gradients(
+    by_weight: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of scales and zeros, float32 [N, groups], by that of W′ [N, K]; of zeros None where there are none."""
+    by_weight = by_weight.view(*scales.shape, -1)
+    # q − z is W′/s; where s is 0 so is everything
+    by_scale = (by_weight * weight.view_as(by_weight)).sum(-1, dtype=torch.float32) / scales.clamp(min=1e-12)
+    return by_scale, None if zeros is None else -by_weight.sum(-1, dtype=torch.float32) * scales
+
+
 def rounding_gradient(codes: torch.Tensor) -> torch.Tensor | None:
     """Factor on the gradient of every latent code; None is 1: each gets that of the code it rounds to.
 
@@ -76,44 +103,33 @@ def rounding_gradient(codes: torch.Tensor) -> torch.Tensor | None:
 class QuantLinearFunction(torch.autograd.Function):
     """x W′ᵀ with W′ = s·(q − z).
 
-    Codes are packed, int32 [N, K·bits/32], or latent, float [N, groups, group_size]; latent ones are rounded, and their
-    gradient is that of the code that they round to times `rounding_gradient`.
+    Codes are packed or latent, see `weight_of`; the gradient of a latent one is that of the code that it rounds to
+    times `rounding_gradient`.
     """
 
     @staticmethod
     def forward(ctx, x, codes, scales, zeros, bits):
         """y = x W′ᵀ in the dtype of x [..., K]; scales and zeros float32 [N, groups], zeros None for mid-rise."""
         ctx.bits = bits
-        weight = QuantLinearFunction._weight(codes, scales, zeros, bits, x.dtype)
+        weight = weight_of(codes, scales, zeros, bits).to(x.dtype)
         # a second copy of the weight only where its latent codes already take several times as much
         ctx.save_for_backward(x, codes, scales, zeros, weight if codes.requires_grad else None)
         return F.linear(x, weight)
-
-    @staticmethod
-    def _weight(codes, scales, zeros, bits, dtype):
-        if codes.is_floating_point():
-            codes = codes.float().round().clamp_(0, largest_code(bits))
-        else:
-            codes = unpack(codes, bits).view(*scales.shape, -1)
-        return levels(codes, scales, zeros, bits).flatten(-2).to(dtype)
 
     @staticmethod
     def backward(ctx, gradient):
         """Gradients of x, latent codes, scales and zeros; W′ is computed again where codes are packed."""
         x, codes, scales, zeros, weight = ctx.saved_tensors
         if weight is None:
-            weight = QuantLinearFunction._weight(codes, scales, zeros, ctx.bits, x.dtype)
+            weight = weight_of(codes, scales, zeros, ctx.bits).to(x.dtype)
         by_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        by_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).view(*scales.shape, -1)
+        by_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
         by_code = None
         if ctx.needs_input_grad[1]:
-            by_code = (by_weight * scales.unsqueeze(-1)).to(codes.dtype)
+            by_code = (by_weight.view(*scales.shape, -1) * scales.unsqueeze(-1)).to(codes.dtype)
             if (factor := rounding_gradient(codes)) is not None:
                 by_code *= factor
-        # q − z is W′/s; where s is 0 so is everything
-        by_scale = (by_weight * weight.view_as(by_weight)).sum(-1, dtype=torch.float32) / scales.clamp(min=1e-12)
-        by_zero = None if zeros is None else -by_weight.sum(-1, dtype=torch.float32) * scales
-        return by_x, by_code, by_scale, by_zero, None
+        return by_x, by_code, *level_gradients(by_weight, weight, scales, zeros), None
 
 
 class QuantizedLinear(nn.Module):
@@ -172,6 +188,11 @@ class QuantizedLinear(nn.Module):
         """Scales in the range that the format allows."""
         return (self.initial_scales * self.scale_ratio).clamp(SMALLEST_SCALE, LARGEST_SCALE)
 
+    def rounded(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales and zeros as the checkpoint will hold them, float32 [N, groups]; no zeros with mid-rise levels."""
+        zeros = None if self.zeros is None else as_stored(self.zeros, torch.float16)
+        return as_stored(self._scales(), torch.float16), zeros
+
     def stored(self) -> dict[str, torch.Tensor]:
         """Codes, scales and zeros as the checkpoint holds them."""
         packed = parallel.whole(self.codes.detach())
@@ -182,7 +203,41 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """W′ Q x + bias in the rotation's dtype, accumulated in float32; x [..., K]."""
-        scales = as_stored(self._scales(), torch.float16)
-        zeros = None if self.zeros is None else as_stored(self.zeros, torch.float16)
-        y = QuantLinearFunction.apply(self.rotation(x), self.codes, scales, zeros, self.bits)
+        y = QuantLinearFunction.apply(self.rotation(x), self.codes, *self.rounded(), self.bits)
         return y if self.bias is None else y + self.bias
+
+    def rows(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Rows of W = W′ Q, by number int64 [...]: float32 [..., K], differentiable; of packed codes."""
+        scales, zeros = (None if values is None else F.embedding(numbers, values) for values in self.rounded())
+        rows = weight_of(self.codes[numbers], scales, zeros, self.bits)
+        if self.rotation.angles is None:
+            return rows
+        return self.rotation.current().inverse(rows.flatten(0, -2)).view_as(rows)
+
+    @torch.no_grad()
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """W′ [N, K] in `dtype`, of packed codes; they are unpacked in float32, some rows at a time."""
+        scales, zeros = self.rounded()
+        weight = torch.empty(len(scales), self.codes.shape[1] * 32 // self.bits, dtype=dtype, device=scales.device)
+        for start in range(0, len(scales), UNPACKED_ROWS):
+            part = slice(start, start + UNPACKED_ROWS)
+            weight[part] = weight_of(self.codes[part], scales[part], None if zeros is None else zeros[part], self.bits)
+        return weight
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding of packed rows.
+
+    Args:
+        table: its rows; the LM head too, where the two are tied.
+        factor: on the rows.
+    """
+
+    def __init__(self, table: QuantizedLinear, factor: float):
+        super().__init__()
+        self.table, self.factor = table, factor
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows of tokens int64 [...], float32 [..., K]."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.table.rows(tokens) * self.factor

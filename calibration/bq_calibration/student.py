@@ -12,11 +12,12 @@ from torch import nn
 from . import parallel
 from .block import Block
 from .model import SourceModel
-from .quantized_linear import QuantizedLinear, SharedRotation, as_stored
+from .quantized_linear import QuantizedEmbedding, QuantizedLinear, SharedRotation, as_stored
 from .skeleton import empty_model
 from .store import TensorStore
 
 logger = logging.getLogger(__name__)
+Packed = TensorStore | dict[str, torch.Tensor]  # tensors of a checkpoint, by full name
 COMPILED_ERROR = 0.05  # of the states, relative; rounding in bfloat16 gives about a fifth of it
 
 
@@ -61,26 +62,41 @@ class Trainable:
         dtype = self.source.training_dtype
         return torch.autocast(self.source.device.type, dtype, enabled=dtype != torch.float32)
 
-    def replace_linears(self, block: Block, packed: TensorStore | dict[str, torch.Tensor]) -> None:
+    def _rotation(self, name: str, features: int, layers: int, packed: Packed) -> SharedRotation:
+        """The rotation in front of `layers` layers, of which `name` is the first."""
+        kind, block_size = self.config.rotation.kind, self.config.rotation.block(name)
+        stored = packed.get(f"{name}.angles") if kind == "butterfly" else None
+        angles = angles_of(kind, stored, features, block_size)
+        trained, dtype = kind == "butterfly", self.source.training_dtype
+        rotation = SharedRotation(angles, block_size, trained, layers, dtype).to(self.source.device)
+        self.rotations[name] = rotation
+        return rotation
+
+    def _layer(
+        self,
+        name: str,
+        rotation: SharedRotation,
+        bias: torch.Tensor | None,
+        packed: Packed,
+        weight: torch.Tensor | None = None,
+    ) -> QuantizedLinear:
+        """The trainable layer of a full name; `weight` trains its codes."""
+        device, zeros = self.source.device, ("zeros",) if self.config.zero_point == "float" else ()
+        tensors = {suffix: packed.get(f"{name}.{suffix}").to(device) for suffix in ("qweight", "scales", *zeros)}
+        layer = QuantizedLinear(tensors, self.config.bits_of(name), rotation, bias, weight, self.latent_dtype)
+        self.layers[name] = layer.to(device)
+        return self.layers[name]
+
+    def replace_linears(self, block: Block, packed: Packed) -> None:
         """Put trainable quantized layers in place of a block's linear ones; `packed` are tensors of the checkpoint."""
-        kind, prefix, device = self.config.rotation.kind, block.prefix, self.source.device
         for group in block.groups:
-            first, block_size = group.layers[0], self.config.rotation.block(group.layers[0])
-            stored = packed.get(f"{prefix}{first}.angles") if kind == "butterfly" else None
-            angles = angles_of(kind, stored, block.in_features(group), block_size)
-            trained, dtype = kind == "butterfly", self.source.training_dtype
-            rotation = SharedRotation(angles, block_size, trained, len(group.parts()[0].layers), dtype).to(device)
-            self.rotations[prefix + first] = rotation
+            features, count = block.in_features(group), len(group.parts()[0].layers)
+            rotation = self._rotation(block.prefix + group.layers[0], features, count, packed)
             for name, linear in block.linears(group).items():
-                suffixes = self.config.tensors(prefix + name, linear.in_features, linear.out_features)
-                tensors = {suffix: packed.get(f"{prefix}{name}.{suffix}").to(device) for suffix in suffixes}
-                weight = None
+                full, weight = block.prefix + name, None
                 if self.train_codes:
-                    weight = self.source.store.get(f"{prefix}{name}.weight").to(device)
-                bits = self.config.bits_of(prefix + name)
-                layer = QuantizedLinear(tensors, bits, rotation, linear.bias, weight, self.latent_dtype)
-                block.module.set_submodule(name, layer.to(device))
-                self.layers[prefix + name] = layer
+                    weight = self.source.store.get(f"{full}.weight").to(self.source.device)
+                block.module.set_submodule(name, self._layer(full, rotation, linear.bias, packed, weight))
 
     def replace_norms(self, module: nn.Module, prefix: str) -> None:
         """Put trainable norms in place of those inside `module`, whose name in the checkpoint starts with `prefix`."""
@@ -121,13 +137,20 @@ class Trainable:
 class Student(Trainable):
     """The quantized model, whole and trainable. Codes that are trained are sharded over the processes.
 
+    Codes of a packed embedding and LM head are never trained; where the two are tied they are one table.
+
     Args:
         source: the 16-bit model.
         config: the checkpoint's format.
-        packed: tensors of the quantized layers, and of norms that training has changed.
+        packed: tensors of all that is packed, and of norms that training has changed.
         train_codes: see `Trainable`.
         latent_dtype: see `Trainable`.
         recompute: whether activations inside decoder layers are computed again for the backward pass, not kept.
+
+    Attributes:
+        decoder: without the LM head.
+        original_head: the LM head of the 16-bit model, in the training dtype.
+        head: the student's own: packed, or that one.
     """
 
     def __init__(
@@ -141,7 +164,7 @@ class Student(Trainable):
     ):
         super().__init__(source, config, train_codes, latent_dtype)
         model, prefix = empty_model(source.config, torch.float32), f"{source.decoder_name}."
-        self.decoder, self.head = model.get_submodule(source.decoder_name), model.lm_head
+        self.decoder, self.original_head = model.get_submodule(source.decoder_name), model.lm_head
         names = {name: prefix + name for name in self.decoder.state_dict() if not self._is_packed(prefix + name)}
         kept = {name: (packed if full in packed else source.store).get(full) for name, full in names.items()}
         self.decoder.load_state_dict({name: t.float() for name, t in kept.items()}, assign=True, strict=False)
@@ -155,15 +178,29 @@ class Student(Trainable):
         for block in blocks:
             self.replace_linears(block, packed)
             self._shard(block.module)  # at once, so that one layer's codes are whole at a time
+        # a tensor of its own, so that an embedding which it is tied to stays float32
+        head = {name: source.store.get(source.head_prefix + name) for name in self.original_head.state_dict()}
+        head = {name: tensor.to(source.training_dtype) for name, tensor in head.items()}
+        self.original_head.load_state_dict(head, assign=True)
+        self.original_head.requires_grad_(False).to(source.device)
+        self.head = self._replace_embeddings(packed)
         self.replace_norms(self.decoder, prefix)
         self.decoder.to(source.device).train()
         self._shard(self.decoder)
-        # a tensor of its own, so that an embedding which it is tied to stays float32
-        head = {name: source.store.get(source.head_prefix + name) for name in self.head.state_dict()}
-        self.head.load_state_dict({name: t.to(source.training_dtype) for name, t in head.items()}, assign=True)
-        self.head.requires_grad_(False).to(source.device)
+
+    def _replace_embeddings(self, packed: TensorStore) -> nn.Linear | QuantizedLinear:
+        """Put a packed embedding in its place; returns the LM head."""
+        tables, features = {}, self.source.text_config.hidden_size
+        for name in filter(self.config.packs, self.source.embedding_names):
+            tables[name] = self._layer(name, self._rotation(name, features, 1, packed), self.original_head.bias, packed)
+        if embedding := tables.get(self.source.embedding_names[0]):
+            factor = getattr(self.decoder.embed_tokens, "scalar_embed_scale", 1.0)
+            self.decoder.embed_tokens = QuantizedEmbedding(embedding, factor)
+        return tables.get(self.source.embedding_names[-1], self.original_head)
 
     def _is_packed(self, name: str) -> bool:
+        if self.config.packs(name.removesuffix(".weight")):
+            return True
         return name.startswith(f"{self.source.decoder_name}.layers.") and any(
             name.endswith(layer + ".weight") for group in self.source.groups for layer in group.layers
         )
@@ -208,5 +245,5 @@ class Student(Trainable):
             return self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits of hidden states in the training dtype, by the LM head that both models share."""
+        """Logits of hidden states in the training dtype."""
         return self.head(states.to(self.source.training_dtype))

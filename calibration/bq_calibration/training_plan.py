@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import torch
+from bq_kernels.format import BITS
 
 from . import parallel
 from .errors import UserError
@@ -135,8 +136,20 @@ def _memory(source: SourceModel, recipe: Recipe, plan: TrainingPlan, states: int
     tokens = plan.micro_batch * recipe.seqlen
     layers = 1 if plan.recompute else source.num_blocks
     activations = tokens * int(PER_FEATURE * features * layers + 4 * source.text_config.hidden_size * source.num_blocks)
-    table = source.vocabulary * source.text_config.hidden_size * (4 + item)
-    teacher = 0 if plan.stores_teacher else source.dtype.itemsize * weights * source.num_blocks + table
+    original = source.vocabulary * source.text_config.hidden_size * (4 + item)  # embedding and LM head
+    teacher = 0 if plan.stores_teacher else source.dtype.itemsize * weights * source.num_blocks + original
     logits = LOGITS if source.device.type == "cuda" else LOGITS // 64
     whole = int(per_weight * weights * source.num_blocks) + kept_weights
-    return PROCESS + whole + gathered + at_work + activations + table + teacher + logits + states * plan.stores_teacher
+    tables = _tables(source, recipe)
+    return PROCESS + whole + gathered + at_work + activations + tables + teacher + logits + states * plan.stores_teacher
+
+
+def _tables(source: SourceModel, recipe: Recipe) -> int:
+    """Bytes of the student's embedding and LM head and of the 16-bit head beside them."""
+    weights, item = source.vocabulary * source.text_config.hidden_size, source.training_dtype.itemsize
+    group = recipe.group_size if recipe.group_size > 0 else source.text_config.hidden_size
+    packed = {bits: bits / 8 + PER_GROUP / group for bits in BITS}
+    per_weight = item + packed.get(recipe.embedding_bits, 4)
+    if recipe.head_bits in packed:  # unpacked, its gradient, and their product
+        per_weight += 3 * item + packed[recipe.head_bits] * (len(source.embedding_names) - 1)
+    return int(per_weight * weights)

@@ -24,7 +24,7 @@ BEAT = 5.0  # seconds between marks of the clock
 SETTINGS = "settings.json"
 STABLE = "train.stable"  # the state of a training before its learning rates fell
 # of a shorter run: what a longer one does not take over; plan and teacher are of a text with fewer samples
-_OWN = (SETTINGS, "lock", "clock.json", "train.state", "training.jsonl", "train", "embeddings", "final")
+_OWN = (SETTINGS, "lock", "clock.json", "train.state", "training.jsonl", "train", "final")
 _OWN += ("plan", "teacher.safetensors")
 _MAY_DIFFER = "train_tokens"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ _VERIFIED = "_BQ_VERIFIED"  # for processes that this one starts: what it has co
 _UNLISTED = {"README.md", SUMS}  # people edit the card where it is published
 _NOT_LOADED = ("bq_report.json", "report/")
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\\\n]+)")
+_ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
+_ITEM_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
 _CHUNK = 2**22  # bytes hashed at a time: they stay in the cache of a core
 _MOST_THREADS = 16
 
@@ -55,22 +58,45 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Header of a safetensors file, and the place where its data begins.
 
     Raises:
-        FormatError: if the file is not a whole safetensors file.
+        FormatError: if the file is not a whole safetensors file, or cannot be read.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        begin = 8 + int.from_bytes(file.read(8), "little")
-        try:
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
             if begin > size:
                 raise ValueError("the header goes beyond the end")
             header = json.loads(file.read(begin - 8))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            expected = begin + max(ends, default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-            raise FormatError(f"{path}: not a whole safetensors file; download it again") from None
+        expected = begin + _data_bytes(header)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise FormatError(f"{path}: not a whole safetensors file; download it again") from None
     if size != expected:
         raise FormatError(f"{path}: damaged, {size} bytes of {expected}; download it again")
     return header, begin
+
+
+def _data_bytes(header: dict[str, Any]) -> int:
+    """Bytes of a file's tensors, which lie one behind the other.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: if the header is not one of safetensors.
+    """
+    metadata = header.get("__metadata__")
+    for key, value in ({} if metadata is None else metadata).items():
+        if not isinstance(value, str):
+            raise TypeError(f"metadata {key} is not text")
+    end = 0
+    entries = (entry for name, entry in header.items() if name != "__metadata__")
+    for entry in sorted(entries, key=lambda entry: entry["data_offsets"]):
+        (start, stop), shape = entry["data_offsets"], entry["shape"]
+        if not all(type(size) is int and size >= 0 for size in (start, stop, *shape)):
+            raise TypeError("places and sizes are integers")
+        if start != end or 8 * (stop - start) != math.prod(shape) * _ITEM_BITS[entry["dtype"]]:
+            raise ValueError("the data of a tensor is not where it must be")
+        end = stop
+    return end
 
 
 def recorded_tensors(header: dict[str, Any]) -> dict[str, str] | None:
@@ -97,7 +123,7 @@ def differing_tensors(path: Path) -> list[str] | None:
     header, begin = read_header(path)
     try:
         table = recorded_tensors(header)
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         raise FormatError(f"{path}: its header is damaged; {REMEDY}") from None
     if table is None:
         return None
@@ -224,7 +250,10 @@ def _compare_all(folder: Path, sums: dict[str, str], shards: list[str]) -> None:
     """Compare files with `sums`, and tensors of `shards` with the sums in their headers, in parallel."""
 
     def check_file(name: str) -> str | None:
-        return None if file_sha256(folder / name) == sums[name] else _difference(folder / name)
+        try:
+            return None if file_sha256(folder / name) == sums[name] else _difference(folder / name)
+        except OSError as error:
+            return f"{folder / name}: cannot be read ({error.strerror}); {REMEDY}"
 
     def check_tensors(name: str) -> str | None:
         differing = differing_tensors(folder / name)

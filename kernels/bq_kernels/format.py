@@ -176,12 +176,14 @@ class QuantConfig:
             )
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> QuantConfig:
+    def from_dict(cls, data: Any) -> QuantConfig:
         """Parse `quantization_config`, refusing keys and values that version 1 does not allow.
 
         Raises:
             FormatError: naming the key, what was found and what was expected.
         """
+        if not isinstance(data, dict):
+            raise FormatError(f"quantization_config: expected a table, found {data!r}")
         names = {f.name for f in dataclasses.fields(cls)}
         _reject_unknown_keys("quantization_config", data, names | {"quant_method", "format_version"})
         if data.get("quant_method") != QUANT_METHOD:

@@ -119,9 +119,6 @@ def make_text(words: int, seed: int = 0) -> str:
 
 def make_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, config=None) -> Path:
     """Write a random model with weights large enough that its outputs depend on its inputs."""
-    from tokenizers import Tokenizer, models
-    from tokenizers.pre_tokenizers import ByteLevel
-
     torch.manual_seed(0)
     config = config or (CONFIGS | MULTIMODAL_CONFIGS)[architecture]()
     kind = "ImageTextToText" if architecture in MULTIMODAL_CONFIGS else "CausalLM"
@@ -133,6 +130,17 @@ def make_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = t
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
     model.save_pretrained(folder)
+    save_tokenizer(folder, MEDIA_TOKENS.get(architecture, {}))
+    for name, settings in PROCESSORS.get(architecture, {}).items():
+        (folder / f"{name}.json").write_text(json.dumps(settings))
+    return folder
+
+
+def save_tokenizer(folder: Path, media_tokens: dict | None = None) -> None:
+    """Write a tokenizer of bytes, and of tokens from 259 on for what is not text."""
+    from tokenizers import Tokenizer, models
+    from tokenizers.pre_tokenizers import ByteLevel
+
     # byte-level BPE without merges: transformers rebuilds the tokenizers of some architectures as just that
     vocabulary = {token: n for n, token in enumerate(["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
@@ -142,12 +150,9 @@ def make_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = t
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
-        extra_special_tokens=MEDIA_TOKENS.get(architecture, {}),
+        extra_special_tokens=media_tokens or {},
     )
     fast.save_pretrained(folder)
-    for name, settings in PROCESSORS.get(architecture, {}).items():
-        (folder / f"{name}.json").write_text(json.dumps(settings))
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,22 +7,30 @@ from pathlib import Path
 import bq_calibration.hf  # noqa: F401
 import pytest
 import torch
-from bq_calibration import inspect, packed_modules
-from bq_calibration.checkpoint import verify
+import torch.nn.functional as F
+from bq_calibration import inspect, next_token_loss, packed_modules
+from bq_calibration.checkpoint import read_config, verify
 from bq_calibration.console import stdout
 from bq_calibration.data import calibration_tokens
+from bq_calibration.end_to_end import TrainingText, held_out
 from bq_calibration.errors import UserError
 from bq_calibration.inspection import print_description
+from bq_calibration.model import SourceModel
 from bq_calibration.packed_modules import ButterflyEmbedding, TiedHead
 from bq_calibration.pipeline import Calibration
 from bq_calibration.quantize import output_error
 from bq_calibration.recipes import make_recipe
+from bq_calibration.store import TensorStore
+from bq_calibration.student import Student
+from bq_calibration.teacher import ResidentTeacher
+from bq_calibration.training_plan import training_plan
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .conftest import make_model
 from .test_calibrate import SMALL, dense_logits, run, same_checkpoint
+from .test_training import HEAD, with_scaled_head
 
 IDS = torch.tensor([[3, 4, 5, 200, 9, 17], [30, 319, 0, 1, 2, 64]])
 TIED = dict(embedding_bits=4, head_bits=4)
@@ -172,17 +180,6 @@ def test_head_is_rounded_for_the_states_of_the_finished_model(untied, untied_mod
     assert errors[1] < output_error(weight, nearest.lm_head.weight, hessian)
 
 
-def test_training_comes_before(tmp_path, model, text):
-    """What is trained with the 16-bit head stays as it is, trained norms too."""
-    training = dict(train_tokens=64, train_samples=4, held_out=0, unquantized_dtype="source")
-    out = run(model, tmp_path / "out", text, rotation="hadamard", **TIED, **training)
-    plain = run(model, tmp_path / "plain", text, rotation="hadamard", **training)
-    found, other = load_file(out / "model.safetensors"), load_file(plain / "model.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in other.items() if "embed" not in name)
-    assert not torch.equal(found["model.norm.weight"], load_file(model / "model.safetensors")["model.norm.weight"])
-    assert_same_logits(out)
-
-
 def test_resume_gives_the_same_bytes(tied, tmp_path, model, text, monkeypatch):
     from bq_calibration import pipeline
 
@@ -191,6 +188,85 @@ def test_resume_gives_the_same_bytes(tied, tmp_path, model, text, monkeypatch):
         run(model, tmp_path / "out", text, **TIED)
     run(model, tmp_path / "out", text, resume=True, **TIED)
     same_checkpoint(tied, tmp_path / "out")
+
+
+# ---- training
+
+BITS = dict(bits=4, samples=8, train_samples=8, held_out=2, tokens_per_step=128)
+FORMATS = {
+    "tied": ("llama", TIED),
+    "tied, factor, zeros": ("gemma3_text", dict(embedding_bits=3, head_bits=3, zero_point="float")),
+    "untied": ("qwen2", dict(embedding_bits=3, head_bits=4, rotation="hadamard")),
+    "embedding": ("qwen2", dict(embedding_bits=4, rotation="none")),
+    "head": ("mistral", dict(head_bits=4, rotation_block=None)),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text):
+    """Makes a model of an architecture; it rounded; and it trained from there."""
+
+    def make(architecture: str, settings: dict) -> tuple[Path, Path, Path]:
+        folder = tmp_path_factory.mktemp("trained")
+        source = with_scaled_head(make_model(folder / "model", architecture), HEAD.get(architecture, 30))
+        rounded = run(source, folder / "rounded", text, **BITS, **settings)
+        return source, rounded, run(source, folder / "out", text, **BITS, train_tokens=16 * 128, **settings)
+
+    return make
+
+
+def mean_kl(folder: Path, source: Path, tokens: torch.Tensor) -> float:
+    with torch.no_grad():
+        wanted, found = (load(each)(input_ids=tokens).logits.log_softmax(-1) for each in (source, folder))
+    return (wanted.exp() * (wanted - found)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rounded_embeddings_are_trained(name, trained, text):
+    """Their scales and zeros move; the student is what the checkpoint says, before and after."""
+    architecture, settings = FORMATS[name]
+    source, rounded, out = trained(architecture, settings)
+    assert_same_logits(out)
+    before, after = load_file(rounded / "model.safetensors"), load_file(out / "model.safetensors")
+    packed = list(verify(out).embeddings)
+    for module in packed:
+        assert torch.equal(before[f"{module}.qweight"], after[f"{module}.qweight"])
+        moving = ["scales"] + ["zeros"] * ("zero_point" in settings)
+        moving += ["angles"] * (settings.get("rotation", "butterfly") == "butterfly")
+        for suffix in moving:
+            assert not torch.equal(before[f"{module}.{suffix}"], after[f"{module}.{suffix}"]), suffix
+    stages = json.loads((out / "bq_report.json").read_text())["stages"]
+    assert stages[1]["embeddings"] == packed
+    tokens = calibration_tokens(AutoTokenizer.from_pretrained(source), str(text), 10, 32, 0)
+    model, text = SourceModel(str(source), torch.device("cpu"), "float32"), TrainingText(tokens[8:], 2, shuffled=False)
+    for folder in (rounded, out):
+        student = Student(model, read_config(folder)[1], TensorStore(folder))
+        found = held_out(student, text, ResidentTeacher(model, text.tokens))
+        # the checkpoint's biases and 16-bit tables are in bfloat16
+        assert found == pytest.approx(mean_kl(folder, source, text.tokens), rel=1e-2)
+    losses = stages[1]["losses"]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+
+
+@pytest.mark.parametrize("name", ["tied, factor, zeros", "untied"])
+def test_gradients_of_rounded_embeddings(name, trained, monkeypatch):
+    """Those of the loss in small parts are those of autograd through the whole of it."""
+    source, _, out = trained(*FORMATS[name])
+    monkeypatch.setattr(next_token_loss, "LOGIT_BYTES", {"cpu": 320 * 4 * 5})
+    model = SourceModel(str(source), torch.device("cpu"), "float32")
+    student, target = Student(model, read_config(out)[1], TensorStore(out)), torch.randn(2, 6, 96)
+    found = {}
+    for whole in (False, True):
+        if whole:
+            logits, wanted = student.logits(student.states(IDS)), student.original_head(target)
+            arguments = logits.log_softmax(-1), wanted.log_softmax(-1)
+            loss = F.kl_div(*arguments, reduction="sum", log_target=True)
+        else:
+            loss = next_token_loss.divergence(student, student.states(IDS), target)
+        parameters = [p for tensors in student.parameters().values() for p in tensors]
+        found[whole] = [loss.detach(), *torch.autograd.grad(loss, parameters)]
+    for part, whole in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 
 # ---- sizes and reports
@@ -219,6 +295,17 @@ def test_dry_run_counts_them(tied, model, text, tmp_path):
     verified = verify(tied)
     assert plan["checkpoint_bytes"] == verified.total_bytes
     assert plan["file_bits_per_weight"] == pytest.approx(verified.file_bits_per_weight())
+
+
+def test_training_plan_counts_them(untied_model):
+    source = SourceModel(str(untied_model), torch.device("cpu"), "float32")
+    weights, table = 320 * 96, 0.5 + 20 / 32  # bytes per weight: codes, and scales with their moments
+    needed = {}
+    for bits in ((16, 16), (4, 16), (16, 4)):
+        settings = SMALL | dict(train_tokens=64, embedding_bits=bits[0], head_bits=bits[1])
+        needed[bits] = training_plan(source, make_recipe("fast", settings), 10**10).memory_bytes
+    assert needed[4, 16] - needed[16, 16] == pytest.approx((table - 4) * weights, abs=1)
+    assert needed[16, 4] - needed[16, 16] == pytest.approx((table + 12) * weights, abs=1)
 
 
 def test_card(tied, untied):

@@ -272,6 +272,10 @@ def test_dtypes_that_the_exporter_kept(tmp_path, model, text):
             {"rotation": {"kind": "butterfly", "block_size": {"default": 32, "dwon_proj": 32}}},
             "block_size: no packed layer is called dwon_proj",
         ),
+        (
+            {"rotation": {"kind": "hadamard", "block_size": {"default": 32, "k_proj": 96}}},
+            r"block_size: 96 for \S+k_proj, 32 for \S+q_proj; layers that share an input",
+        ),
     ],
 )
 def test_settings_of_modules_that_do_not_exist(broken, settings, message):

@@ -107,6 +107,12 @@ def test_refuses(changes, message):
         QuantConfig.from_dict(changed(**changes))
 
 
+@pytest.mark.parametrize("data", [None, 10**30, "butterfly", []])
+def test_refuses_what_is_no_table(data):
+    with pytest.raises(FormatError, match="quantization_config: expected a table, found"):
+        QuantConfig.from_dict(data)
+
+
 @pytest.mark.parametrize(
     ("block_size", "k", "m", "angles"),
     [

@@ -122,12 +122,12 @@ def test_ranks(dense, ranks, size):
 def test_what_stays_unquantized():
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-    from bq_vllm.embedding import ButterflyEmbeddingMethod, TiedHeadMethod
+    from bq_vllm.embedding import ButterflyEmbeddingMethod, TiedHeadMethod, UntiedHeadMethod
 
     for quant, embedding, head in (
         (tiny.quant_config(), UnquantizedEmbeddingMethod, UnquantizedEmbeddingMethod),
         (tiny.quant_config(skip=()), UnquantizedEmbeddingMethod, UnquantizedEmbeddingMethod),
-        (packed_config(EMBED, skip=(HEAD,)), ButterflyEmbeddingMethod, UnquantizedEmbeddingMethod),
+        (packed_config(EMBED, skip=(HEAD,)), ButterflyEmbeddingMethod, UntiedHeadMethod),
         (packed_config(HEAD), UnquantizedEmbeddingMethod, ButterflyEmbeddingMethod),
         (packed_config(EMBED), ButterflyEmbeddingMethod, TiedHeadMethod),
     ):
@@ -186,3 +186,6 @@ def test_heads_that_are_tied_and_not():
     both = packed_config(EMBED, HEAD)
     with pytest.raises(FormatError, match="module_bits: lm_head is tied to the embedding; name only the embedding"):
         build(both, HEAD).tie_weights(build(both, EMBED))
+    skipped = packed_config(EMBED, skip=(HEAD,))
+    with pytest.raises(FormatError, match="modules_to_not_convert: lm_head is tied to the embedding, which is packed"):
+        build(skipped, HEAD).tie_weights(build(skipped, EMBED))

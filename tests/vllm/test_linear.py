@@ -50,7 +50,9 @@ def ranks(monkeypatch):
     return become
 
 
-def build(quant: QuantConfig, name: str, dtype=torch.float32, in_features: int | None = None) -> torch.nn.Module:
+def build(
+    quant: QuantConfig, name: str, dtype=torch.float32, in_features: int | None = None, prefix: str = LAYER
+) -> torch.nn.Module:
     """The layer that vLLM makes for `name` in a model of the sizes of `tiny`."""
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
@@ -58,7 +60,7 @@ def build(quant: QuantConfig, name: str, dtype=torch.float32, in_features: int |
 
     config = ButterflyConfig(quant)
     config.packed_modules_mapping = FUSED
-    options = {"bias": False, "params_dtype": dtype, "quant_config": config, "prefix": LAYER + name}
+    options = {"bias": False, "params_dtype": dtype, "quant_config": config, "prefix": prefix + name}
     if name == "self_attn.qkv_proj":
         return QKVParallelLinear(tiny.HIDDEN, tiny.HEAD, tiny.HEADS, tiny.KV_HEADS, **options)
     if name == "mlp.gate_up_proj":
@@ -67,12 +69,12 @@ def build(quant: QuantConfig, name: str, dtype=torch.float32, in_features: int |
     return RowParallelLinear(in_features or columns, rows, reduce_results=False, **options)
 
 
-def load(layer: torch.nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
+def load(layer: torch.nn.Module, name: str, tensors: dict[str, torch.Tensor], prefix: str = LAYER) -> torch.nn.Module:
     """Load a layer from the tensors of a checkpoint as vLLM does, and finish it."""
     shards = {"self_attn.qkv_proj": dict(zip("qkv", QKV, strict=True)), "mlp.gate_up_proj": dict(enumerate(GATE_UP))}
     for shard, module in shards.get(name, {None: name}).items():
         for key, tensor in tensors.items():
-            if key.startswith(f"{LAYER}{module}."):
+            if key.startswith(f"{prefix}{module}."):
                 param = getattr(layer, key.rsplit(".", 1)[-1], layer)
                 param.weight_loader(param, tensor, *(() if shard is None else (shard,)))
     layer.quant_method.process_weights_after_loading(layer)

@@ -115,7 +115,8 @@ def test_damaged_file_is_refused(config, tmp_path, damage, message):
 
 def test_missing_file_is_refused(config, tmp_path):
     index = tiny.write_checkpoint(tmp_path) / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
+    listed = {"a": "model.safetensors", "b": "model-2.safetensors"}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": listed}))
     with pytest.raises(FormatError, match=r"model-2\.safetensors: missing"):
         config().maybe_update_config(str(tmp_path))
 

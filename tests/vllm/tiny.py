@@ -270,7 +270,9 @@ def decode(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     """
     table = json.loads((path / "config.json").read_text())["quantization_config"]
     rotation = table["rotation"]
-    tensors = load_file(path / "model.safetensors")
+    index = path / "model.safetensors.index.json"
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    tensors = {name: value for file in files for name, value in load_file(path / file).items()}
     tensors = {name: value for name, value in tensors.items() if name.startswith(prefix)}
     state = {name: value for name, value in tensors.items() if name.endswith((".weight", ".bias"))}
     for name in tensors:
