@@ -163,8 +163,8 @@ def mma_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, norm: Norm,
     (rows, in_features), bits, group_size = x.shape, tile_bits(tiles), x.shape[1] // scales.shape[0]
     unit = unit_of(group_size)
     operands, sums = rotate_and_arrange(x, cos_sin, bits, unit, launch.exact, gpu, norm)
-    shape = launch.outputs, launch.warps, launch.stages
-    config = triton_mma.launch_config(rows, bits, group_size, in_features, zeros is not None, *shape, launch.exact)
+    shape = launch.outputs, launch.warps, launch.stages, launch.programs
+    config = triton_mma.launch_config(rows, bits, group_size, in_features, *shape, launch.exact)
     out = x.new_empty(rows, out_features)
     sizes = rows, out_features, tiles.shape[1], in_features // unit, scales.shape[1]
     kernel = triton_mma._mma_kernel[(triton.cdiv(out_features, 16 * config["STRIPS"]),)]

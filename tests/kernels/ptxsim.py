@@ -265,6 +265,9 @@ class Simulator:
             elif name == "mma":
                 assert operation == "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" and self.mask is None
                 self._multiply(*([item.strip() for item in group.strip("{}").split(",")] for group in operands))
+            elif name == "movmatrix":
+                assert operation == "movmatrix.sync.aligned.m8n8.trans.b16" and self.mask is None
+                self._transpose(*operands)
             elif name == "griddepcontrol":
                 if kind == "wait":
                     self.waited = True
@@ -349,10 +352,17 @@ class Simulator:
         for i, name in enumerate(d):
             self._put_float(name, total[:, g + i // 2 * 8, 2 * t + i % 2].reshape(-1))
 
+    def _transpose(self, target: str, source: str) -> None:
+        """An 8 × 8 matrix of halves per warp, of which lane 4g + t has columns 2t and 2t + 1 of row g."""
+        matrix = np.ascontiguousarray(self._get(source)).view(np.uint16).reshape(-1, 8, 8)
+        self._put(target, np.ascontiguousarray(matrix.transpose(0, 2, 1)).view(np.uint32).reshape(-1))
+
     def _shuffle(self, mode: str, operands: list[str]) -> None:
         value = self._get(operands[1]).reshape(-1, 32)
-        number = self._get(operands[2]).reshape(-1, 32).astype(np.int64)
-        source = {"bfly": np.arange(32) ^ number, "idx": number % 32}[mode]
+        number, limits = (self._get(item).reshape(-1, 32).astype(np.int64) for item in operands[2:4])
+        lane, segment = np.arange(32), limits >> 8 & 31
+        assert (limits & 31 == 31).all()
+        source = {"bfly": lane ^ number, "idx": lane & segment | number & 31 & ~segment}[mode]
         self._put(operands[0], np.take_along_axis(value, source, 1).reshape(-1))
 
     def _convert(self, to: str, source: str, operands: list[str]) -> None:
