@@ -59,7 +59,8 @@ class Launch:
         max_rows: largest number of rows of x that it is for; None for any number.
         kernel: `decode`, `mma`, `gemm`, or `dense` (dequantize, then the vendor's product); `decode` and `mma` are for
             up to 16 rows.
-        programs: decode, gemm: programs per multiprocessor; K is split until there are as many.
+        programs: decode, gemm: programs per multiprocessor; K is split until there are as many. mma: see
+            triton_mma.launch_config.
         slice: decode: columns that a program keeps, where its registers hold them.
         fuse: decode: whether the program rotates them itself. dense: whether the rotation is folded into the weights as
             they are dequantized, in place of rotating x.
@@ -164,7 +165,7 @@ def mma_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, norm: Norm,
     unit = unit_of(group_size)
     operands, sums = rotate_and_arrange(x, cos_sin, bits, unit, launch.exact, gpu, norm)
     shape = launch.outputs, launch.warps, launch.stages, launch.programs
-    config = triton_mma.launch_config(rows, bits, group_size, in_features, *shape, launch.exact)
+    config = triton_mma.launch_config(rows, bits, group_size, in_features, zeros is not None, *shape, launch.exact)
     out = x.new_empty(rows, out_features)
     sizes = rows, out_features, tiles.shape[1], in_features // unit, scales.shape[1]
     kernel = triton_mma._mma_kernel[(triton.cdiv(out_features, 16 * config["STRIPS"]),)]

@@ -1,16 +1,16 @@
-"""The packed linear for few rows on mma.sync: a program owns a few strips of 16 outputs and all columns.
+"""The packed linear for few rows on mma.sync: a program owns one to four strips of 16 outputs and all columns.
 
 Its warps share the columns, tile after tile in turn, and add up once, at the end: no sums pass through global memory.
-Words, scales and x go from memory straight into the registers that the matrix unit reads, by 16-byte loads, a tile or
-two ahead of their use; the first weights are under way before the kernel that arranges x has ended. The loop has no
-shared memory and no barrier but that of a warp. Codes reach the matrix unit as they lie in their words (operands.py).
+Words, scales and x go from memory straight into registers, words and x by 16-byte loads into those that the matrix unit
+reads, a tile or two ahead of their use; the first weights are under way before the kernel that arranges x has ended. In
+the loop nothing passes through shared memory and warps do not wait for each other. Codes reach the matrix unit as they
+lie in their words (operands.py).
 
-This follows a study of such kernels on an H100 (2 bits, groups of 128, float16, rotation in blocks of 128 included;
-docs/experiment-log.md). With two tiles in flight its best shapes took, in µs at 1, 8 and 16 rows, 8.8, 9.3 and 12.2 for
-8192² and 7.0, 7.5 and 10.2 for 12288 × 4096. This kernel's predecessor kept tiles in shared memory, by copies that
-complete later: 10.2, 12.7 and 18.3 as the geometric mean of both layers, fastest with the fewest tiles in flight. This
-kernel itself has not been measured yet. Its instructions and bytes in flight are asserted on the machine code
-(tests/kernels).
+The design is that of a study which an H100 has timed (2 bits, groups of 128, float16, rotation in blocks of 128
+included): its best shapes took 8.8, 9.3 and 12.2 µs for 8192² at 1, 8 and 16 rows, 7.0, 7.5 and 10.2 for 12288 × 4096.
+This kernel's predecessor passed weights through a ring in shared memory and took 10.2, 12.7 and 18.3 as the geometric
+mean of both layers, least with the fewest tiles in the ring. This kernel has not been timed yet. Its instructions, and
+which bytes are in flight when, are asserted on the machine code (tests/kernels).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ X_BYTES = tl.constexpr(2 * _TILE_K)  # of a row and tile
 X_VECTORS = tl.constexpr(PAIRS // 4)  # 16-byte loads of a lane's columns of x
 BACK, EXACT_BACK = tl.constexpr(2.0**EXPONENT), tl.constexpr(2.0**EXACT_EXPONENT)
 REGISTERS = 65536  # of a multiprocessor
-MOST_REGISTERS = 255  # of a thread
+MOST_KEPT, SPARE = 128, 32  # of a thread's, that the loop may keep, and that it needs beside them, or ptxas spills some
 
 
 @triton.constexpr_function
@@ -367,11 +367,19 @@ def runs_on(gpu: Gpu) -> bool:
     return gpu.architecture.startswith("sm") and int(gpu.architecture[2:]) >= 80
 
 
+def _kept(bits: int, units: int, strips: int, blocks: int, stages: int, float_zeros: bool) -> int:
+    """Registers of a thread that hold sums, weights, x and factors in the loop."""
+    weights = 2 * bits * strips + ptx.packets(strips, units) * (2 if float_zeros else 1)
+    sums = 4 * blocks * (strips + min(strips, 2))
+    return sums + weights * stages + PAIRS * blocks * max(stages // blocks, 1) + 4 * units * blocks
+
+
 def launch_config(
     rows: int,
     bits: int,
     group_size: int,
     in_features: int,
+    float_zeros: bool,
     outputs: int,
     warps: int,
     stages: int,
@@ -385,21 +393,34 @@ def launch_config(
         bits: bits per code.
         group_size: columns that share a scale, a multiple of 32.
         in_features: K.
-        outputs: of a program, a multiple of 16 up to 96.
+        float_zeros: whether zeros come with the scales.
+        outputs: most outputs of a program, 16, 32, 48 or 64; fewer where registers would not hold the loop.
         warps: that share the columns, a power of two up to 16.
-        stages: tiles of weights in flight per warp, 1 or 2. As many of x, of more than 8 rows half as many.
-        programs: that a multiprocessor's registers have room for; more of them leave fewer to a thread.
+        stages: tiles of weights in flight per warp, 1 or 2. As many of x; with more than 8 rows half as many.
+        programs: that a multiprocessor's registers should have room for, where that spills none of them.
         exact: whether codes are centred before the product (operands.py).
     """
-    units, blocks = _TILE_K // unit_of(group_size), triton.cdiv(rows, ROWS_PER_MMA)
-    k_tiles = triton.cdiv(in_features, _TILE_K)
-    steps = triton.cdiv(k_tiles, warps)
-    stages, registers = min(stages, steps), REGISTERS // (32 * warps * programs) // 8 * 8
-    return {
+    units, blocks, k_tiles = (
+        _TILE_K // unit_of(group_size),
+        triton.cdiv(rows, ROWS_PER_MMA),
+        triton.cdiv(in_features, _TILE_K),
+    )
+    steps, strips = triton.cdiv(k_tiles, warps), outputs // 16
+    stages = min(stages, steps)
+
+    def registers(programs):
+        return REGISTERS // (32 * warps * programs) // 8 * 8
+
+    def kept():
+        return _kept(bits, units, strips, blocks, stages, float_zeros)
+
+    while strips > 1 and kept() > min(MOST_KEPT, registers(1) - SPARE):
+        strips //= 2
+    config = {
         "BITS": bits,
         "UNITS": units,
         "UNITS_PER_GROUP": group_size // unit_of(group_size),
-        "STRIPS": outputs // 16,
+        "STRIPS": strips,
         "BLOCKS": blocks,
         "WARPS": warps,
         "STEPS": steps,
@@ -409,4 +430,8 @@ def launch_config(
         "EXACT": exact,
         "num_warps": warps,
         "num_stages": 1,  # the kernel itself asks for tiles ahead
-    } | ({"maxnreg": registers} if registers < MOST_REGISTERS else {})
+    }
+    # with several units per tile ptxas spills under a limit, though it needs fewer registers without one
+    if programs > 1 and units == 1 and kept() <= registers(programs) - SPARE:
+        config["maxnreg"] = registers(programs)
+    return config

@@ -168,7 +168,17 @@ def test_runs_where_its_instructions_are():
     assert {name: triton_mma.runs_on(Gpu("", name, 1, False)) for name in names} == names
 
 
-@pytest.mark.parametrize(("warps", "programs", "registers"), [(8, 1, None), (8, 2, 128), (8, 3, 80), (16, 1, 128)])
-def test_registers_that_leave_room(warps, programs, registers):
-    config = triton_mma.launch_config(1, 2, 128, 8192, 64, warps, 2, programs, False)
-    assert config.get("maxnreg") == registers
+@pytest.mark.parametrize(
+    ("rows", "bits", "group", "warps", "strips", "registers"),
+    [
+        (8, 2, 128, 8, 4, 128),
+        (8, 2, 64, 8, 4, None),
+        (8, 4, 128, 8, 4, None),
+        (16, 4, 128, 8, 2, None),
+        (8, 4, 64, 16, 2, None),
+    ],
+)
+def test_registers_that_suffice(rows, bits, group, warps, strips, registers):
+    """Room for a second program only where none spills, and fewer strips where one alone would."""
+    config = triton_mma.launch_config(rows, bits, group, 8192, False, 64, warps, 2, 2, False)
+    assert (config["STRIPS"], config.get("maxnreg")) == (strips, registers)
