@@ -27,8 +27,8 @@ KERNEL_FIELDS = {
     "gemm": ("programs", "block_m", "tiles", "stages", "warps"),
     "dense": ("fuse",),
 }
-# outputs, warps, stages and programs of the decode kernel on mma.sync: those next to the best of the study that it
-# follows. What a shape takes in registers keeps it to one or two programs per multiprocessor
+# outputs, warps, stages and programs of the decode kernel on mma.sync: the best shapes of the study that it follows and
+# those next to them
 MMA_SHAPES = (
     (64, 8, 2, 2),
     (64, 16, 2, 1),
@@ -36,9 +36,9 @@ MMA_SHAPES = (
     (48, 8, 1, 1),
     (32, 8, 2, 1),
     (32, 8, 1, 1),
-    (32, 16, 1, 1),
+    (32, 16, 2, 1),
 )
-MMA_EXACT_SHAPES = ((64, 8, 2, 2), (32, 16, 1, 1))
+MMA_EXACT_SHAPES = ((64, 8, 2, 1), (32, 16, 2, 1))
 
 
 def candidates(rows: int, gpu: Gpu) -> list[Launch]:

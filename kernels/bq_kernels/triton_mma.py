@@ -24,14 +24,12 @@ from .operands import EXACT_EXPONENT, EXPONENT, PAIRS, ROWS_PER_MMA
 from .tiles import TILE_K as _TILE_K
 from .tiles import TILE_N, WORDS_PER_BIT, unit_of
 
-STRIPS_PER_TILE = TILE_N // 16
-TILE_BYTES_PER_BIT = tl.constexpr(4 * WORDS_PER_BIT)
-TILE_STRIPS = tl.constexpr(STRIPS_PER_TILE)
+TILE_STRIPS, TILE_BYTES_PER_BIT = tl.constexpr(TILE_N // 16), tl.constexpr(4 * WORDS_PER_BIT)
 X_BYTES = tl.constexpr(2 * _TILE_K)  # of a row and tile
 X_VECTORS = tl.constexpr(PAIRS // 4)  # 16-byte loads of a lane's columns of x
 BACK, EXACT_BACK = tl.constexpr(2.0**EXPONENT), tl.constexpr(2.0**EXACT_EXPONENT)
 REGISTERS = 65536  # of a multiprocessor
-MOST_KEPT, SPARE = 128, 32  # of a thread's, that the loop may keep, and that it needs beside them, or ptxas spills some
+MOST_KEPT, SPARE = 128, 32  # of a thread: what the loop may keep, and what it needs beside that; else ptxas spills
 
 
 @triton.constexpr_function
@@ -59,6 +57,7 @@ def _shared_memory(thread, SIZE: tl.constexpr):
 
 @triton.jit
 def _clear(address):
+    """Store the 0 that `_multiply` reads."""
     text: tl.constexpr = ptx.clear_text()
     tl.inline_asm_elementwise(text, "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1)
 
@@ -79,15 +78,16 @@ def _run_addresses(
     for run in tl.static_range(STRIPS // RUN):
         strip = tl.minimum(first_strip + run * RUN, last_strip)
         row = ptr.to(tl.int64) + (strip // TILE_STRIPS).to(tl.int64) * row_bytes
-        addresses = addresses + (row + strip % TILE_STRIPS * STRIP_BYTES + lane_offset,)
+        addresses += (row + strip % TILE_STRIPS * STRIP_BYTES + lane_offset,)
     return addresses
 
 
 @triton.jit
 def _advance(addresses, BYTES: tl.constexpr):
+    """Addresses BYTES on."""
     advanced = ()
     for i in tl.static_range(len(addresses)):
-        advanced = advanced + (addresses[i] + BYTES,)
+        advanced += (addresses[i] + BYTES,)
     return advanced
 
 
@@ -118,7 +118,7 @@ def _load_packets(
         unit = k_tile * UNITS + pair // STRIPS
         group = (unit if UNITS == 1 else tl.minimum(unit, units - 1)) // UNITS_PER_GROUP  # the last tile may lack some
         address = ptr.to(tl.int64) + (strip * 32 + lane % 8 * 4) + (group * stride).to(tl.int64) * 2
-        packets = packets + _load(address, 1, 1, 0, "r", True)
+        packets += _load(address, 1, 1, 0, "r", True)
     return packets
 
 
@@ -146,13 +146,13 @@ def _load_weights(
     loaded = ()
     for c in tl.static_range(STRIPS):
         for block in tl.static_range(2 if BITS == 4 else 1):
-            loaded = loaded + _load(words[c // RUN] + tile + (block * 2048 + c % RUN * 512), 4, 1, 0, "r", True)
+            loaded += _load(words[c // RUN] + tile + (block * 2048 + c % RUN * 512), 4, 1, 0, "r", True)
         if BITS == 3:
-            loaded = loaded + _load(thirds[c // RUN] + tile + c % RUN * 256, 2, 1, 0, "r", True)
+            loaded += _load(thirds[c // RUN] + tile + c % RUN * 256, 2, 1, 0, "r", True)
     place = k_tile, units, stride_sg, first_strip, last_strip, lane
     packets = _load_packets(scales_ptr, *place, STRIPS, UNITS, UNITS_PER_GROUP)
     if zeros_ptr is not None:
-        packets = packets + _load_packets(zeros_ptr, *place, STRIPS, UNITS, UNITS_PER_GROUP)
+        packets += _load_packets(zeros_ptr, *place, STRIPS, UNITS, UNITS_PER_GROUP)
     return packets + loaded
 
 
@@ -161,7 +161,7 @@ def _load_x(rows, tiles, BLOCKS: tl.constexpr):
     """A lane's columns of x in one tile, `tiles` from the addresses of its rows on."""
     loaded = ()
     for n in tl.static_range(BLOCKS):
-        loaded = loaded + _load(rows[n] + tiles * X_BYTES, 4, X_VECTORS, 64, "r", False)
+        loaded += _load(rows[n] + tiles * X_BYTES, 4, X_VECTORS, 64, "r", False)
     return loaded
 
 
@@ -170,7 +170,7 @@ def _only_where(valid, weights, PACKETS: tl.constexpr):
     """Weights with scales of 0 where not `valid`."""
     scales = ()
     for i in tl.static_range(PACKETS):
-        scales = scales + (tl.where(valid, weights[i], 0),)
+        scales += (tl.where(valid, weights[i], 0),)
     return scales + weights[PACKETS:]
 
 
@@ -206,7 +206,7 @@ def _sum_of_warps(acc, shared, thread, STRIPS: tl.constexpr, WARPS: tl.constexpr
     addresses = (shared + thread * 16,)
     for o in tl.static_range(EACH):
         number = (thread + o * (32 * WARPS)) % (128 * STRIPS)
-        addresses = addresses + (shared + number // 128 * (512 * WARPS) + number % 128 * 4,)
+        addresses += (shared + number // 128 * (512 * WARPS) + number % 128 * 4,)
     text: tl.constexpr = ptx.sum_text(STRIPS, WARPS, EACH)
     constraints: tl.constexpr = ptx.sum_constraints(STRIPS, EACH)
     types: tl.constexpr = _types(EACH, tl.float32)
@@ -244,7 +244,7 @@ def _mma_kernel(
     RUN: tl.constexpr = STRIPS if TILE_STRIPS % STRIPS == 0 else 1  # strips that lie in one tile
     TILE_BYTES: tl.constexpr = TILE_BYTES_PER_BIT * BITS
     FACTOR_BYTES: tl.constexpr = UNITS * BLOCKS * 64  # of a tile
-    # of the steps, those that ask for a tile which every warp has
+    # the loop's steps: they ask for tiles that every warp has
     LOOPED: tl.constexpr = max(STEPS - STAGES - (not EVEN), 0) // STAGES * STAGES
     thread = tl.arange(0, 32 * WARPS)
     lane, warp = thread % 32, thread // 32
@@ -349,7 +349,7 @@ def _mma_kernel(
     # sums of lane (g, t) are those of outputs 8·half + g of a strip and rows 2t + side of a block of x
     for n in tl.static_range(BLOCKS):
         if n > 0:
-            tl.debug_barrier()
+            tl.debug_barrier()  # all have read the sums of the block before
         sums = _sum_of_warps(acc[4 * STRIPS * n : 4 * STRIPS * (n + 1)], shared, thread, STRIPS, WARPS, EACH)
         for o in tl.static_range(EACH):
             number = thread + o * (32 * WARPS)
@@ -400,12 +400,9 @@ def launch_config(
         programs: that a multiprocessor's registers should have room for, where that spills none of them.
         exact: whether codes are centred before the product (operands.py).
     """
-    units, blocks, k_tiles = (
-        _TILE_K // unit_of(group_size),
-        triton.cdiv(rows, ROWS_PER_MMA),
-        triton.cdiv(in_features, _TILE_K),
-    )
-    steps, strips = triton.cdiv(k_tiles, warps), outputs // 16
+    units, blocks = _TILE_K // unit_of(group_size), triton.cdiv(rows, ROWS_PER_MMA)
+    k_tiles, strips = triton.cdiv(in_features, _TILE_K), outputs // 16
+    steps = triton.cdiv(k_tiles, warps)
     stages = min(stages, steps)
 
     def registers(programs):
@@ -431,7 +428,7 @@ def launch_config(
         "num_warps": warps,
         "num_stages": 1,  # the kernel itself asks for tiles ahead
     }
-    # with several units per tile ptxas spills under a limit, though it needs fewer registers without one
-    if programs > 1 and units == 1 and kept() <= registers(programs) - SPARE:
+    # centred codes take more; with several units per tile ptxas spills under a limit that it keeps by itself
+    if programs > 1 and units == 1 and not exact and kept() <= registers(programs) - SPARE:
         config["maxnreg"] = registers(programs)
     return config

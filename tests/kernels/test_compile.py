@@ -199,7 +199,7 @@ def mma_launches():
     """Rows of x, kind of weight and launch; the first two on Hopper are not slow."""
     wide, narrow = Launch(16, "mma", 2, outputs=64, warps=8, stages=2), Launch(16, "mma", outputs=32, warps=8, stages=2)
     single = Launch(16, "mma", outputs=48, warps=8, stages=1)
-    exact, many = (Launch(16, "mma", outputs=64, warps=n, stages=2, exact=n == 8) for n in (8, 16))
+    exact, many = (Launch(16, "mma", 2, outputs=64, warps=n, stages=2, exact=n == 8) for n in (8, 16))
     cases = [(1, *KINDS[0], wide), (16, *KINDS[0], single), (8, *KINDS[0], wide), (1, *KINDS[0], many)]
     cases += [(16, *KINDS[2], wide), (16, *KINDS[0], wide), (16, *KINDS[4], single), (8, *KINDS[3], many)]
     cases += [(8, *kind, launch) for kind in (*KINDS[1:], *MORE) for launch in (wide, narrow, exact)]
