@@ -23,14 +23,22 @@ from benchmarks.packed_linear.measure import MOST_ERROR
 COMMON_FIELDS = ("max_rows", "kernel")
 KERNEL_FIELDS = {
     "decode": ("programs", "slice", "fuse"),
-    "mma": ("outputs", "warps", "stages", "exact"),
+    "mma": ("programs", "outputs", "warps", "stages", "exact"),
     "gemm": ("programs", "block_m", "tiles", "stages", "warps"),
     "dense": ("fuse",),
 }
-# outputs, warps and stages of the decode kernel on mma.sync: many small programs to few large ones, and of those that
-# differ little in this the ones with the most bytes under way
-MMA_SHAPES = ((16, 8, 8), (16, 16, 5), (32, 4, 8), (32, 8, 3), (32, 8, 5), (32, 16, 2), (64, 4, 5), (64, 8, 2))
-MMA_EXACT_SHAPES = ((32, 8, 5), (64, 8, 2))
+# outputs, warps, stages and programs of the decode kernel on mma.sync: the best shapes of the study that it follows and
+# those next to them
+MMA_SHAPES = (
+    (64, 8, 2, 2),
+    (64, 16, 2, 1),
+    (48, 8, 2, 2),
+    (48, 8, 1, 1),
+    (32, 8, 2, 1),
+    (32, 8, 1, 1),
+    (32, 16, 2, 1),
+)
+MMA_EXACT_SHAPES = ((64, 8, 2, 1), (32, 16, 2, 1))
 
 
 def candidates(rows: int, gpu: Gpu) -> list[Launch]:
@@ -39,8 +47,9 @@ def candidates(rows: int, gpu: Gpu) -> list[Launch]:
     if rows <= MOST_DECODE_ROWS:
         if triton_mma.runs_on(gpu):
             for exact, shapes in ((False, MMA_SHAPES), (True, MMA_EXACT_SHAPES)):
-                for outputs, warps, stages in shapes:
-                    found.append(Launch(rows, "mma", outputs=outputs, warps=warps, stages=stages, exact=exact))
+                for outputs, warps, stages, programs in shapes:
+                    shape = {"outputs": outputs, "warps": warps, "stages": stages, "exact": exact}
+                    found.append(Launch(rows, "mma", programs, **shape))
         for columns, programs, fuse in itertools.product((256, 512, 1024), (2, 3, 4, 6), (True, False)):
             found.append(Launch(rows, "decode", programs, columns, fuse))
     if rows >= 8:

@@ -9,7 +9,8 @@ the rotation:
   [2¹¹, 2¹²), so that no finite x, float16 or bfloat16, leaves half precision at a factor of up to 8. What is lost below
   is at most 2⁻³³ of the unit's largest magnitude. The power is undone in float32.
 - *Zero points*. Codes enter without theirs; z·Σx̂ of every unit is subtracted in float32 as the start of its sum.
-- *Order*. A lane of a warp owns columns 8i + 2t and 8i + 2t + 1 of a tile: they lie side by side, for wide loads.
+- *Order*. A lane (g, t) of a warp owns columns 8i + 2t and 8i + 2t + 1 of a tile. Those of four i lie side by side, 16
+  bytes, and next to those of the other t: a load of the four lanes takes 64 bytes in a row.
 
 With `exact`, codes are centred and scaled to (q − z₀)·2⁻⁹ by a fused multiply-add per operand, as the other kernels do,
 and columns of x keep their scale.
@@ -55,7 +56,7 @@ def _columns(bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         pair, t, side = column // 8, column % 8 // 2, column % 2
         _, position, swapped = field_place(width, pair % (16 // width))
         positions.append(position)
-        order.append(t * (2 * PAIRS) + 2 * pair + (side ^ swapped))
+        order.append(pair // 4 * 32 + t * 8 + pair % 4 * 2 + (side ^ swapped))
     return torch.tensor(positions), torch.tensor(order)
 
 

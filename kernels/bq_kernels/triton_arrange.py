@@ -43,7 +43,7 @@ def _place(column, BITS: tl.constexpr):
     else:
         position = 2 + (pair + 3) % 4 * 2
         side = side ^ (pair % 8 == 0).to(tl.int32)
-    return position, t * 32 + pair * 2 + side
+    return position, pair // 4 * 32 + t * 8 + pair % 4 * 2 + side
 
 
 @triton.jit

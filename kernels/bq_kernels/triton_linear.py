@@ -2,18 +2,20 @@
 
 launch.json holds the best launch per number of rows, by device capability, or by the name of a GPU for which
 `benchmarks/kernels.py tune` has filled it in. The lines of `sm90` are the best of a sweep on an H100 80GB HBM3 over
-the layers of LLaMA-2-7B and 8192², 2 bits, groups of 128, the rotation in blocks of 128 included; those up to 8 rows of
-a later one over 8192² and 12288 × 4096. Times are for 8192², or geometric means over the two:
+the layers of LLaMA-2-7B and 8192², 2 bits, groups of 128, the rotation in blocks of 128 included. Times are for 8192²:
 
-- Up to 8 rows `mma` (triton_mma.py): 10.2, 12.4 and 12.7 µs for 1, 4 and 8 rows, where `decode` takes 11.2, 14.3 and
-  16.4 and the GEMM kernel 14.9 for 8. Sixteen rows: `mma` 18.3, GEMM 15.1.
-- `decode` serves GPUs without that instruction, and AMD. It rotates x itself for one row only (12.2 µs; with a kernel
-  of its own for the rotation 12.7; two rows 17.7 and 13.9, for every program repeats the rotation). A slice of 1,024
-  columns, two programs per multiprocessor, fills the registers and halves the partial sums.
+- One row: the decode kernel rotates x itself in 12.2 µs; with a kernel of its own for the rotation it takes 12.7. Two
+  rows: 17.7 and 13.9, for every program repeats the rotation. So it is fused for one row only.
+- A slice of 1,024 columns, two programs per multiprocessor, fills the registers and halves the partial sums. It is the
+  best at 8192² and 4096 × 11008; 512 columns are better by 0.6 µs of 9.2 for 12288 × 4096, by 0.7 of 5.6 for 4096².
+- Sixteen rows: the GEMM kernel takes 16.1 µs, the decode kernel 22.7. With 8 rows that takes 17.8, so GEMM starts at 5.
 - At 256 rows the GEMM kernel takes 63 µs (cuBLAS on 16-bit weights: 55), at 1,024 `dense` takes 232 (178).
 - Rotating x costs 9 µs for 1,024 rows and 55 µs for 4,096. Folding the rotation into the weights instead (`fuse` of
   `dense`) should cost at most 32 µs, by its count of instructions, in part behind their store. That is a prediction,
   which no GPU has checked: no line folds yet, `tune` times both.
+
+The decode kernel on mma.sync, `mma` (triton_mma.py), has not been timed since it was rebuilt, so no line of the table
+names it: `benchmarks/kernels.py tune` tries it beside the others and writes it into the table where it is faster.
 
 Other capabilities get the lines of the nearest entry. Where the matrix instruction keeps its operands in registers
 (`mma.sync`: sm80 to sm89, sm120), slices of 1,024 columns and blocks of 128 rows spill; where a program has 64 KiB of
@@ -57,7 +59,8 @@ class Launch:
         max_rows: largest number of rows of x that it is for; None for any number.
         kernel: `decode`, `mma`, `gemm`, or `dense` (dequantize, then the vendor's product); `decode` and `mma` are for
             up to 16 rows.
-        programs: decode, gemm: programs per multiprocessor; K is split until there are as many.
+        programs: decode, gemm: programs per multiprocessor; K is split until there are as many. mma: see
+            triton_mma.launch_config.
         slice: decode: columns that a program keeps, where its registers hold them.
         fuse: decode: whether the program rotates them itself. dense: whether the rotation is folded into the weights as
             they are dequantized, in place of rotating x.
@@ -161,7 +164,7 @@ def mma_linear(x, tiles, scales, zeros, bias, out_features, cos_sin, norm: Norm,
     (rows, in_features), bits, group_size = x.shape, tile_bits(tiles), x.shape[1] // scales.shape[0]
     unit = unit_of(group_size)
     operands, sums = rotate_and_arrange(x, cos_sin, bits, unit, launch.exact, gpu, norm)
-    shape = launch.outputs, launch.warps, launch.stages
+    shape = launch.outputs, launch.warps, launch.stages, launch.programs
     config = triton_mma.launch_config(rows, bits, group_size, in_features, zeros is not None, *shape, launch.exact)
     out = x.new_empty(rows, out_features)
     sizes = rows, out_features, tiles.shape[1], in_features // unit, scales.shape[1]

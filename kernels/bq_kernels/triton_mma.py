@@ -1,11 +1,16 @@
-"""The packed linear for few rows on mma.sync: a program owns 16, 32 or 64 outputs and all columns.
+"""The packed linear for few rows on mma.sync: a program owns one to four strips of 16 outputs and all columns.
 
 Its warps share the columns, tile after tile in turn, and add up once, at the end: no sums pass through global memory.
-Weights go through a ring in shared memory that is private to a warp: copies of the next tiles are under way while one
-is multiplied, the first of them before the kernel that arranges x has ended. The loop has no barrier but that of a
-warp. Codes reach the matrix unit as they lie in their words (operands.py).
+Words, scales and x go from memory straight into registers, words and x by 16-byte loads into those that the matrix unit
+reads, a tile or two ahead of their use; the first weights are under way before the kernel that arranges x has ended. In
+the loop nothing passes through shared memory and warps do not wait for each other. Codes reach the matrix unit as they
+lie in their words (operands.py).
 
-Not measured yet. Bytes in flight and instructions per word are asserted on the machine code (tests/kernels).
+The design is that of a study which an H100 has timed (2 bits, groups of 128, float16, rotation in blocks of 128
+included): its best shapes took 8.8, 9.3 and 12.2 µs for 8192² at 1, 8 and 16 rows, 7.0, 7.5 and 10.2 for 12288 × 4096.
+This kernel's predecessor passed weights through a ring in shared memory and took 10.2, 12.7 and 18.3 as the geometric
+mean of both layers, least with the fewest tiles in the ring. This kernel has not been timed yet. Its instructions, and
+which bytes are in flight when, are asserted on the machine code (tests/kernels).
 """
 
 from __future__ import annotations
@@ -18,15 +23,13 @@ from .gpu import Gpu
 from .operands import EXACT_EXPONENT, EXPONENT, PAIRS, ROWS_PER_MMA
 from .tiles import TILE_K as _TILE_K
 from .tiles import TILE_N, WORDS_PER_BIT, unit_of
-from .triton_unpack import TILE_K
 
-STRIPS_PER_TILE = TILE_N // 16
-TILE_BYTES_PER_BIT = tl.constexpr(4 * WORDS_PER_BIT)
-TILE_STRIPS = tl.constexpr(STRIPS_PER_TILE)
+TILE_STRIPS, TILE_BYTES_PER_BIT = tl.constexpr(TILE_N // 16), tl.constexpr(4 * WORDS_PER_BIT)
+X_BYTES = tl.constexpr(2 * _TILE_K)  # of a row and tile
 X_VECTORS = tl.constexpr(PAIRS // 4)  # 16-byte loads of a lane's columns of x
 BACK, EXACT_BACK = tl.constexpr(2.0**EXPONENT), tl.constexpr(2.0**EXACT_EXPONENT)
-# of shared memory that a program has without opting in, which Triton does for its own share alone: sums take some of it
-SHARED_LIMIT, SUM_BYTES = 48 * 1024, 32 * 4 * 4
+REGISTERS = 65536  # of a multiprocessor
+MOST_KEPT, SPARE = 128, 32  # of a thread: what the loop may keep, and what it needs beside that; else ptxas spills
 
 
 @triton.constexpr_function
@@ -35,11 +38,13 @@ def _types(number, dtype):
 
 
 @triton.jit
-def _load_vectors(address, VECTORS: tl.constexpr, APART: tl.constexpr, KIND: tl.constexpr):
-    """4·VECTORS registers per thread; not pure, for it must stay behind the wait for the kernel before."""
-    text: tl.constexpr = ptx.load_text(VECTORS, APART)
-    constraints: tl.constexpr = ptx.load_constraints(VECTORS, KIND)
-    types: tl.constexpr = _types(4 * VECTORS, tl.float32 if KIND == "f" else tl.int32)
+def _load(
+    address, WIDTH: tl.constexpr, VECTORS: tl.constexpr, APART: tl.constexpr, KIND: tl.constexpr, ONCE: tl.constexpr
+):
+    """WIDTH·VECTORS registers per thread; not pure, for it must stay behind the wait for the kernel before."""
+    text: tl.constexpr = ptx.load_text(WIDTH, VECTORS, APART, ONCE)
+    constraints: tl.constexpr = ptx.load_constraints(WIDTH, VECTORS, KIND)
+    types: tl.constexpr = _types(WIDTH * VECTORS, tl.float32 if KIND == "f" else tl.int32)
     return tl.inline_asm_elementwise(text, constraints, [address], dtype=types, is_pure=False, pack=1)
 
 
@@ -51,95 +56,161 @@ def _shared_memory(thread, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _arrive(thread, PENDING: tl.constexpr):
-    text: tl.constexpr = ptx.arrive_text(PENDING)
-    tl.inline_asm_elementwise(text, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+def _clear(address):
+    """Store the 0 that `_multiply` reads."""
+    text: tl.constexpr = ptx.clear_text()
+    tl.inline_asm_elementwise(text, "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def _request(
-    tiles_ptr,
-    scales_ptr,
-    zeros_ptr,
-    stage,  # shared address
+def _run_addresses(
+    ptr,
     first_strip,
-    k_tile,  # [threads]
-    k_tiles,
+    last_strip,
+    row_bytes,
+    lane_offset,
+    STRIP_BYTES: tl.constexpr,
+    STRIPS: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Where a lane finds the words of every run of strips in the first tile of its row."""
+    addresses = ()
+    for run in tl.static_range(STRIPS // RUN):
+        strip = tl.minimum(first_strip + run * RUN, last_strip)
+        row = ptr.to(tl.int64) + (strip // TILE_STRIPS).to(tl.int64) * row_bytes
+        addresses += (row + strip % TILE_STRIPS * STRIP_BYTES + lane_offset,)
+    return addresses
+
+
+@triton.jit
+def _advance(addresses, BYTES: tl.constexpr):
+    """Addresses BYTES on."""
+    advanced = ()
+    for i in tl.static_range(len(addresses)):
+        advanced += (addresses[i] + BYTES,)
+    return advanced
+
+
+@triton.jit
+def _tiles_to(step: tl.constexpr, last, WARPS: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr):
+    """Tiles from a warp's first one to that of a step; where none is left for it, to the last one."""
+    return step * WARPS if EVEN or step < STEPS - 1 else tl.minimum(step * WARPS, last)
+
+
+@triton.jit
+def _load_packets(
+    ptr,
+    k_tile,
     units,
-    stride_sg,
-    on,
+    stride,
+    first_strip,
+    last_strip,
     lane,
-    BITS: tl.constexpr,
     STRIPS: tl.constexpr,
     UNITS: tl.constexpr,
     UNITS_PER_GROUP: tl.constexpr,
 ):
-    """Ask for words, scales and zeros of one tile, where `on`."""
-    WORD_BYTES: tl.constexpr = STRIPS * 256 * BITS
-    SCALE_BYTES: tl.constexpr = STRIPS * 32 * UNITS
-    TILE_BYTES: tl.constexpr = TILE_BYTES_PER_BIT * BITS
-    strip = first_strip % TILE_STRIPS
-    tile = tiles_ptr.to(tl.int64) + (first_strip // TILE_STRIPS * k_tiles + k_tile).to(tl.int64) * TILE_BYTES
-    part = lane % (2 * STRIPS)  # eight scales
-    group = tl.minimum(k_tile * UNITS + lane // (2 * STRIPS), units - 1) // UNITS_PER_GROUP
-    offset = (group * stride_sg + first_strip * 16 + part * 8).to(tl.int64) * 2
-    on = (k_tile * 0 + on).to(tl.int32)
-    arguments = (stage + lane * 16, tile + (strip * 512 + lane * 16), on)
-    copies_scales = (lane < 2 * STRIPS * UNITS).to(tl.int32) * on
-    arguments = arguments + (stage + (WORD_BYTES + lane * 16), scales_ptr.to(tl.int64) + offset, copies_scales)
+    """A lane's part of the scales or zeros of a tile (ptx.packets)."""
+    packets = ()
+    for i in tl.static_range(ptx.packets(STRIPS, UNITS)):
+        pair = tl.minimum(4 * i + lane // 8, UNITS * STRIPS - 1)  # of unit and strip
+        strip = tl.minimum(first_strip + pair % STRIPS, last_strip)
+        unit = k_tile * UNITS + pair // STRIPS
+        group = (unit if UNITS == 1 else tl.minimum(unit, units - 1)) // UNITS_PER_GROUP  # the last tile may lack some
+        address = ptr.to(tl.int64) + (strip * 32 + lane % 8 * 4) + (group * stride).to(tl.int64) * 2
+        packets += _load(address, 1, 1, 0, "r", True)
+    return packets
+
+
+@triton.jit
+def _load_weights(
+    words,  # addresses by run of strips
+    thirds,  # those of the third bits of 3-bit codes
+    tiles,  # from the addresses on
+    k_tile,
+    scales_ptr,
+    zeros_ptr,
+    units,
+    stride_sg,
+    first_strip,
+    last_strip,
+    lane,
+    BITS: tl.constexpr,
+    STRIPS: tl.constexpr,
+    RUN: tl.constexpr,
+    UNITS: tl.constexpr,
+    UNITS_PER_GROUP: tl.constexpr,
+):
+    """A lane's weights of one tile, in the order of `ptx.multiply_text`."""
+    tile = tiles * (TILE_BYTES_PER_BIT * BITS)
+    loaded = ()
+    for c in tl.static_range(STRIPS):
+        for block in tl.static_range(2 if BITS == 4 else 1):
+            loaded += _load(words[c // RUN] + tile + (block * 2048 + c % RUN * 512), 4, 1, 0, "r", True)
+        if BITS == 3:
+            loaded += _load(thirds[c // RUN] + tile + c % RUN * 256, 2, 1, 0, "r", True)
+    place = k_tile, units, stride_sg, first_strip, last_strip, lane
+    packets = _load_packets(scales_ptr, *place, STRIPS, UNITS, UNITS_PER_GROUP)
     if zeros_ptr is not None:
-        arguments = arguments + (zeros_ptr.to(tl.int64) + offset,)
-    if BITS == 3:
-        arguments = arguments + (stage + (STRIPS * 512 + lane * 8), tile + (2048 + strip * 256 + lane * 8))
-    text: tl.constexpr = ptx.request_text(BITS, STRIPS, zeros_ptr is not None, SCALE_BYTES)
-    constraints: tl.constexpr = ptx.request_constraints(BITS, zeros_ptr is not None)
-    tl.inline_asm_elementwise(text, constraints, arguments, dtype=tl.int32, is_pure=False, pack=1)
+        packets += _load_packets(zeros_ptr, *place, STRIPS, UNITS, UNITS_PER_GROUP)
+    return packets + loaded
+
+
+@triton.jit
+def _load_x(rows, tiles, BLOCKS: tl.constexpr):
+    """A lane's columns of x in one tile, `tiles` from the addresses of its rows on."""
+    loaded = ()
+    for n in tl.static_range(BLOCKS):
+        loaded += _load(rows[n] + tiles * X_BYTES, 4, X_VECTORS, 64, "r", False)
+    return loaded
+
+
+@triton.jit
+def _only_where(valid, weights, PACKETS: tl.constexpr):
+    """Weights with scales of 0 where not `valid`."""
+    scales = ()
+    for i in tl.static_range(PACKETS):
+        scales += (tl.where(valid, weights[i], 0),)
+    return scales + weights[PACKETS:]
 
 
 @triton.jit
 def _multiply(
-    stage,
+    weights,
     x,
-    factors,
+    factors,  # address
     acc,
-    lane,
+    zero,  # shared address of a 0, where FENCED
     BITS: tl.constexpr,
     STRIPS: tl.constexpr,
     BLOCKS: tl.constexpr,
     UNITS: tl.constexpr,
     EXACT: tl.constexpr,
     FLOAT_ZEROS: tl.constexpr,
+    FENCED: tl.constexpr,
 ):
-    """`acc` and the products of the tile in a stage, as one tuple of [threads]."""
-    addresses = (stage + lane * 16, stage + (STRIPS * 256 * BITS + lane // 4 * 2), stage + (STRIPS * 512 + lane * 8))
-    text: tl.constexpr = ptx.multiply_text(BITS, STRIPS, BLOCKS, UNITS, EXACT, FLOAT_ZEROS, STRIPS * 32 * UNITS)
-    constraints: tl.constexpr = ptx.multiply_constraints(STRIPS, BLOCKS, UNITS)
+    """`acc` and the products of a tile, a tuple of [threads]; `weights` and `x` as they were loaded."""
+    text: tl.constexpr = ptx.multiply_text(BITS, STRIPS, BLOCKS, UNITS, EXACT, FLOAT_ZEROS, FENCED)
+    constraints: tl.constexpr = ptx.multiply_constraints(BITS, STRIPS, BLOCKS, UNITS, FLOAT_ZEROS, FENCED)
     types: tl.constexpr = _types(4 * BLOCKS * STRIPS, tl.float32)
-    arguments = addresses + x + factors + acc
+    # factors are needed behind the products: they arrive meanwhile
+    arguments = weights + x + _load(factors, 4, UNITS * BLOCKS, 64, "f", False) + acc
+    if FENCED:
+        arguments = arguments + (zero,)
     return tl.inline_asm_elementwise(text, constraints, arguments, dtype=types, is_pure=False, pack=1)
 
 
 @triton.jit
-def _load_x(x_ptr, sums_ptr, k_tile, k_tiles, M, lane, valid, BLOCKS: tl.constexpr, UNITS: tl.constexpr):
-    """A lane's columns of x, and the factors of its rows of the product, times 0 where not `valid`."""
-    x = ()
-    for n in tl.static_range(BLOCKS):
-        row = tl.minimum(lane // 4 + 8 * n, M - 1)
-        offset = ((row * k_tiles + k_tile) * TILE_K + lane % 4 * 32).to(tl.int64) * 2
-        x = x + _load_vectors(x_ptr.to(tl.int64) + offset, X_VECTORS, 16, "r")
-    offset = (k_tile * (UNITS * BLOCKS * 64) + lane % 4 * 16).to(tl.int64)
-    loaded = _load_vectors(sums_ptr.to(tl.int64) + offset, UNITS * BLOCKS, 64, "f")
-    factors = ()
-    for i in tl.static_range(2 * UNITS * BLOCKS):
-        factors = factors + (loaded[2 * i], tl.where(valid, loaded[2 * i + 1], 0.0))
-    return x, factors
-
-
-@triton.jit
-def _sum_of_warps(acc, FIRST: tl.constexpr, WARPS: tl.constexpr):
-    """Sums over all warps of four accumulators from the FIRST on, [32, 4]; one strip at a time takes little memory."""
-    even, odd = tl.join(acc[FIRST], acc[FIRST + 2]), tl.join(acc[FIRST + 1], acc[FIRST + 3])
-    return tl.sum(tl.reshape(tl.join(even, odd), [WARPS, 32, 4]), axis=0)
+def _sum_of_warps(acc, shared, thread, STRIPS: tl.constexpr, WARPS: tl.constexpr, EACH: tl.constexpr):
+    """Sums of 4·STRIPS accumulators over all warps, EACH per thread (ptx.sum_text)."""
+    addresses = (shared + thread * 16,)
+    for o in tl.static_range(EACH):
+        number = (thread + o * (32 * WARPS)) % (128 * STRIPS)
+        addresses += (shared + number // 128 * (512 * WARPS) + number % 128 * 4,)
+    text: tl.constexpr = ptx.sum_text(STRIPS, WARPS, EACH)
+    constraints: tl.constexpr = ptx.sum_constraints(STRIPS, EACH)
+    types: tl.constexpr = _types(EACH, tl.float32)
+    return tl.inline_asm_elementwise(text, constraints, addresses + acc, dtype=types, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -163,63 +234,144 @@ def _mma_kernel(
     BLOCKS: tl.constexpr,  # of 8 rows of x
     WARPS: tl.constexpr,
     STEPS: tl.constexpr,  # ⌈k_tiles / WARPS⌉
-    STAGES: tl.constexpr,  # tiles of a warp in shared memory
-    STAGE_BYTES: tl.constexpr,
+    EVEN: tl.constexpr,  # whether all warps have as many tiles
+    STAGES: tl.constexpr,  # tiles of weights in flight per warp
+    X_STAGES: tl.constexpr,  # tiles of x
     EXACT: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    EACH: tl.constexpr = (4 * STRIPS + WARPS - 1) // WARPS  # sums of a thread and block of rows
+    RUN: tl.constexpr = STRIPS if TILE_STRIPS % STRIPS == 0 else 1  # strips that lie in one tile
+    TILE_BYTES: tl.constexpr = TILE_BYTES_PER_BIT * BITS
+    FACTOR_BYTES: tl.constexpr = UNITS * BLOCKS * 64  # of a tile
+    # the loop's steps: they ask for tiles that every warp has
+    LOOPED: tl.constexpr = max(STEPS - STAGES - (not EVEN), 0) // STAGES * STAGES
     thread = tl.arange(0, 32 * WARPS)
     lane, warp = thread % 32, thread // 32
-    first_strip = tl.program_id(0) * STRIPS
-    ring = _shared_memory(thread, WARPS * STAGES * STAGE_BYTES) + warp * (STAGES * STAGE_BYTES)
-    weights = tiles_ptr, scales_ptr, zeros_ptr
+    first_strip, last_strip = tl.program_id(0) * STRIPS, (N + 15) // 16 - 1
+    shared = _shared_memory(thread, 512 * WARPS * STRIPS + 4 * WARPS)
+    zero = shared + 512 * WARPS * STRIPS + warp * 4
+    if STAGES > 1:
+        _clear(zero)
 
     # weights do not depend on the previous kernel: they are on their way while it still runs
-    for stage in tl.static_range(STAGES - 1):
-        k_tile = tl.minimum(warp + stage * WARPS, k_tiles - 1)
-        _request(
-            *weights, ring + stage * STAGE_BYTES, first_strip, k_tile, k_tiles, units, stride_sg, stage < STEPS, lane,
-            BITS, STRIPS, UNITS, UNITS_PER_GROUP,
-        )  # fmt: skip
+    strips = tiles_ptr, first_strip, last_strip, k_tiles * TILE_BYTES
+    words = _run_addresses(*strips, warp * TILE_BYTES + lane * 16, 512, STRIPS, RUN)
+    thirds = ()
+    if BITS == 3:
+        thirds = _run_addresses(*strips, warp * TILE_BYTES + 2048 + lane * 8, 256, STRIPS, RUN)
+    scales = scales_ptr, zeros_ptr, units, stride_sg, first_strip, last_strip, lane
+    last = k_tiles - 1 - warp
+    weights = ()
+    for step in tl.static_range(STAGES):
+        tiles = _tiles_to(step, last, WARPS, STEPS, EVEN)
+        weights += (
+            _load_weights(words, thirds, tiles, warp + tiles, *scales, BITS, STRIPS, RUN, UNITS, UNITS_PER_GROUP),
+        )
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    rows = ()
+    for n in tl.static_range(BLOCKS):
+        row = tl.minimum(lane // 4 + 8 * n, M - 1).to(tl.int64)
+        rows += (x_ptr.to(tl.int64) + (row * k_tiles + warp) * X_BYTES + lane % 4 * 16,)
+    factors = sums_ptr.to(tl.int64) + warp * FACTOR_BYTES + lane % 4 * 16
+    x = ()
+    for step in tl.static_range(X_STAGES):
+        x += (_load_x(rows, _tiles_to(step, last, WARPS, STEPS, EVEN), BLOCKS),)
 
     acc = ()
     for _ in tl.static_range(4 * STRIPS * BLOCKS):
-        acc = acc + (tl.full([32 * WARPS], 0.0, tl.float32),)
-    for step in range(STEPS):
-        # a warp without a tile left multiplies the last one again, by 0
-        k_tile = warp + step * WARPS
-        x, factors = _load_x(
-            x_ptr, sums_ptr, tl.minimum(k_tile, k_tiles - 1), k_tiles, M, lane, k_tile < k_tiles, BLOCKS, UNITS
+        acc += (tl.full([32 * WARPS], 0.0, tl.float32),)
+    for first in range(0, LOOPED, STAGES):
+        for stage in tl.static_range(STAGES):
+            acc = _multiply(
+                weights[0],
+                x[0],
+                factors + stage * WARPS * FACTOR_BYTES,
+                acc,
+                zero,
+                BITS,
+                STRIPS,
+                BLOCKS,
+                UNITS,
+                EXACT,
+                zeros_ptr is not None,
+                STAGES > 1,
+            )
+            k_tile = warp + (first + stage + STAGES) * WARPS
+            ahead = _load_weights(
+                words, thirds, (stage + STAGES) * WARPS, k_tile, *scales, BITS, STRIPS, RUN, UNITS, UNITS_PER_GROUP
+            )
+            weights, x = weights[1:] + (ahead,), x[1:] + (_load_x(rows, (stage + X_STAGES) * WARPS, BLOCKS),)
+        words = _advance(words, STAGES * WARPS * TILE_BYTES)
+        thirds = _advance(thirds, STAGES * WARPS * TILE_BYTES)
+        rows = _advance(rows, STAGES * WARPS * X_BYTES)
+        factors += STAGES * WARPS * FACTOR_BYTES
+    for step in tl.static_range(LOOPED, STEPS):
+        current, tiles = weights[0], _tiles_to(step, last, WARPS, STEPS, EVEN)
+        if step == STEPS - 1 and not EVEN:  # a warp without a tile left multiplies the last one again, by 0
+            current = _only_where(tiles == step * WARPS, current, ptx.packets(STRIPS, UNITS))
+        acc = _multiply(
+            current,
+            x[0],
+            factors + (tiles - LOOPED * WARPS) * FACTOR_BYTES,
+            acc,
+            zero,
+            BITS,
+            STRIPS,
+            BLOCKS,
+            UNITS,
+            EXACT,
+            zeros_ptr is not None,
+            STAGES > 1,
         )
-        _arrive(thread, STAGES - 2)
-        ahead = step + STAGES - 1  # goes where the tile of the step before was: all lanes have read that
-        k_ahead = tl.minimum(warp + ahead * WARPS, k_tiles - 1)
-        _request(
-            *weights, ring + ahead % STAGES * STAGE_BYTES, first_strip, k_ahead, k_tiles, units, stride_sg,
-            ahead < STEPS, lane, BITS, STRIPS, UNITS, UNITS_PER_GROUP,
-        )  # fmt: skip
-        current = ring + step % STAGES * STAGE_BYTES
-        acc = _multiply(current, x, factors, acc, lane, BITS, STRIPS, BLOCKS, UNITS, EXACT, zeros_ptr is not None)
+        weights, x = weights[1:], x[1:]
+        if step + STAGES < STEPS:
+            tiles = _tiles_to(step + STAGES, last, WARPS, STEPS, EVEN)
+            weights += (
+                _load_weights(
+                    words,
+                    thirds,
+                    tiles - LOOPED * WARPS,
+                    warp + tiles,
+                    *scales,
+                    BITS,
+                    STRIPS,
+                    RUN,
+                    UNITS,
+                    UNITS_PER_GROUP,
+                ),
+            )
+        if step + X_STAGES < STEPS:
+            x += (_load_x(rows, _tiles_to(step + X_STAGES, last, WARPS, STEPS, EVEN) - LOOPED * WARPS, BLOCKS),)
 
     # sums of lane (g, t) are those of outputs 8·half + g of a strip and rows 2t + side of a block of x
-    offs_lane, offs_sum = tl.arange(0, 32)[:, None], tl.arange(0, 4)[None, :]
     for n in tl.static_range(BLOCKS):
-        for c in tl.static_range(STRIPS):
-            total = _sum_of_warps(acc, 4 * (n * STRIPS + c), WARPS) * (EXACT_BACK if EXACT else BACK)
-            offs_n = (first_strip + c) * 16 + offs_sum // 2 * 8 + offs_lane // 4
-            offs_m = 8 * n + offs_lane % 4 * 2 + offs_sum % 2
+        if n > 0:
+            tl.debug_barrier()  # all have read the sums of the block before
+        sums = _sum_of_warps(acc[4 * STRIPS * n : 4 * STRIPS * (n + 1)], shared, thread, STRIPS, WARPS, EACH)
+        for o in tl.static_range(EACH):
+            number = thread + o * (32 * WARPS)
+            offs_n = (first_strip + number // 128) * 16 + number // 2 % 2 * 8 + number // 16 % 8
+            offs_m = 8 * n + number // 4 % 4 * 2 + number % 2
+            mask = (number < 128 * STRIPS) & (offs_m < M) & (offs_n < N)
+            total = sums[o] * (EXACT_BACK if EXACT else BACK)
             if bias_ptr is not None:
-                total += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-            mask = (offs_m < M) & (offs_n < N)
+                total += tl.load(bias_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
             tl.store(out_ptr + offs_m * N + offs_n, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def runs_on(gpu: Gpu) -> bool:
     """Whether a GPU has the kernel's instructions: NVIDIA's from sm_80 on, and neither AMD's nor the interpreter."""
     return gpu.architecture.startswith("sm") and int(gpu.architecture[2:]) >= 80
+
+
+def _kept(bits: int, units: int, strips: int, blocks: int, stages: int, float_zeros: bool) -> int:
+    """Registers of a thread that hold sums, weights, x and factors in the loop."""
+    weights = 2 * bits * strips + ptx.packets(strips, units) * (2 if float_zeros else 1)
+    sums = 4 * blocks * (strips + min(strips, 2))
+    return sums + weights * stages + PAIRS * blocks * max(stages // blocks, 1) + 4 * units * blocks
 
 
 def launch_config(
@@ -231,6 +383,7 @@ def launch_config(
     outputs: int,
     warps: int,
     stages: int,
+    programs: int,
     exact: bool,
 ) -> dict[str, int]:
     """Compile-time arguments and compiler options of the kernel.
@@ -241,27 +394,41 @@ def launch_config(
         group_size: columns that share a scale, a multiple of 32.
         in_features: K.
         float_zeros: whether zeros come with the scales.
-        outputs: most outputs of a program, 16, 32 or 64; fewer where two stages of them do not fit shared memory.
+        outputs: most outputs of a program, 16, 32, 48 or 64; fewer where registers would not hold the loop.
         warps: that share the columns, a power of two up to 16.
-        stages: most tiles of a warp in shared memory, at least 2.
+        stages: tiles of weights in flight per warp, 1 or 2. As many of x; with more than 8 rows half as many.
+        programs: that a multiprocessor's registers should have room for, where that spills none of them.
         exact: whether codes are centred before the product (operands.py).
     """
-    units = _TILE_K // unit_of(group_size)
-    strip_bytes = 256 * bits + 32 * units * (2 if float_zeros else 1)
-    strips, warp_bytes = outputs // 16, SHARED_LIMIT // warps - SUM_BYTES
-    while strips > 1 and 2 * strips * strip_bytes > warp_bytes:
+    units, blocks = _TILE_K // unit_of(group_size), triton.cdiv(rows, ROWS_PER_MMA)
+    k_tiles, strips = triton.cdiv(in_features, _TILE_K), outputs // 16
+    steps = triton.cdiv(k_tiles, warps)
+    stages = min(stages, steps)
+
+    def registers(programs):
+        return REGISTERS // (32 * warps * programs) // 8 * 8
+
+    def kept():
+        return _kept(bits, units, strips, blocks, stages, float_zeros)
+
+    while strips > 1 and kept() > min(MOST_KEPT, registers(1) - SPARE):
         strips //= 2
-    return {
+    config = {
         "BITS": bits,
         "UNITS": units,
         "UNITS_PER_GROUP": group_size // unit_of(group_size),
         "STRIPS": strips,
-        "BLOCKS": triton.cdiv(rows, ROWS_PER_MMA),
+        "BLOCKS": blocks,
         "WARPS": warps,
-        "STEPS": triton.cdiv(triton.cdiv(in_features, _TILE_K), warps),
-        "STAGES": min(stages, warp_bytes // (strips * strip_bytes)),
-        "STAGE_BYTES": strips * strip_bytes,
+        "STEPS": steps,
+        "EVEN": k_tiles % warps == 0,
+        "STAGES": stages,
+        "X_STAGES": max(stages // blocks, 1),
         "EXACT": exact,
         "num_warps": warps,
         "num_stages": 1,  # the kernel itself asks for tiles ahead
     }
+    # centred codes take more; with several units per tile ptxas spills under a limit that it keeps by itself
+    if programs > 1 and units == 1 and not exact and kept() <= registers(programs) - SPARE:
+        config["maxnreg"] = registers(programs)
+    return config

@@ -1,9 +1,9 @@
 """Runs the PTX of a compiled kernel on the CPU: what the machine code computes, without a GPU.
 
 All threads of a program step together, program after program. Memory is checked: accesses lie within one allocation
-and are aligned, loads read what was written, copies that complete later (cp.async) count as written once waited for,
-and what the kernel before writes (`late`) is unknown before griddepcontrol.wait. Branches must be uniform within a
-program. Neither time nor races between warps are simulated, nor how a matrix unit rounds: it sums up in float64.
+and are aligned, loads read what was written, and what the kernel before writes (`late`) is unknown before
+griddepcontrol.wait. Branches must be uniform within a program. Neither time nor races between warps are simulated, nor
+how a matrix unit rounds: it sums up in float64.
 
 It knows the instructions that the kernels under test use, and fails on others.
 """
@@ -71,7 +71,7 @@ class Memory:
     def load(self, address: np.ndarray, size: int) -> np.ndarray:
         """Bytes [threads, size]."""
         places = self._places(address, size)
-        assert self.known[places].all(), "reads what was never written, or has not arrived"
+        assert self.known[places].all(), "reads what was never written, or not yet"
         return self.data[places]
 
     def store(self, address: np.ndarray, raw: np.ndarray) -> None:
@@ -79,10 +79,6 @@ class Memory:
         places = self._places(address, raw.shape[1])
         self.data[places] = raw
         self.known[places] = True
-
-    def forget(self, address: np.ndarray, size: int) -> None:
-        """Bytes that a copy under way will overwrite."""
-        self.known[self._places(address, size)] = False
 
 
 def _split(operands: str) -> list[str]:
@@ -176,7 +172,6 @@ class Simulator:
 
     def _run_program(self) -> None:
         code, self.registers, self.symbols = self.code, {}, {}
-        self.copies, self.groups = [], []
         self.own = Memory(8192 + self.shared_size + sum(size + 512 for _, size in code.shared))
         for name in code.extern:
             self.symbols[name] = self.own.allocate(self.shared_size)
@@ -260,11 +255,12 @@ class Simulator:
         with np.errstate(all="ignore"):
             if name in ("ld", "st"):
                 self._load_or_store(part, operands)
-            elif operation.startswith("cp.async"):
-                self._copy(operation, operands)
             elif name == "mma":
                 assert operation == "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" and self.mask is None
                 self._multiply(*([item.strip() for item in group.strip("{}").split(",")] for group in operands))
+            elif name == "movmatrix":
+                assert operation == "movmatrix.sync.aligned.m8n8.trans.b16" and self.mask is None
+                self._transpose(*operands)
             elif name == "griddepcontrol":
                 if kind == "wait":
                     self.waited = True
@@ -316,20 +312,6 @@ class Simulator:
                 memory.store(address[on] + i * size, value[:, None].view(np.uint8))
         return None
 
-    def _copy(self, operation: str, operands: list[str]) -> None:
-        if operation == "cp.async.commit_group":
-            self.groups.append(self.copies)
-            self.copies = []
-        elif operation == "cp.async.wait_group":
-            while len(self.groups) > int(operands[0]):
-                for address, raw in self.groups.pop(0):
-                    self.own.store(address, raw)
-        elif (self._on()).any():
-            on, size = self._on(), int(operands[2])
-            target = self._address(operands[0])[on]
-            self.copies.append((target, self.memory.load(self._address(operands[1])[on], size)))
-            self.own.forget(target, size)
-
     def _multiply(self, d: list[str], a: list[str], b: list[str], c: list[str]) -> None:
         """D [16, 8] = A [16, 16] · B [16, 8] + C per warp, by the fragments of mma.m16n8k16."""
         lane, warps = np.arange(32), self.threads // 32
@@ -349,10 +331,17 @@ class Simulator:
         for i, name in enumerate(d):
             self._put_float(name, total[:, g + i // 2 * 8, 2 * t + i % 2].reshape(-1))
 
+    def _transpose(self, target: str, source: str) -> None:
+        """An 8 × 8 matrix of halves per warp, of which lane 4g + t has columns 2t and 2t + 1 of row g."""
+        matrix = np.ascontiguousarray(self._get(source)).view(np.uint16).reshape(-1, 8, 8)
+        self._put(target, np.ascontiguousarray(matrix.transpose(0, 2, 1)).view(np.uint32).reshape(-1))
+
     def _shuffle(self, mode: str, operands: list[str]) -> None:
         value = self._get(operands[1]).reshape(-1, 32)
-        number = self._get(operands[2]).reshape(-1, 32).astype(np.int64)
-        source = {"bfly": np.arange(32) ^ number, "idx": number % 32}[mode]
+        number, limits = (self._get(item).reshape(-1, 32).astype(np.int64) for item in operands[2:4])
+        lane, segment = np.arange(32), limits >> 8 & 31
+        assert mode == "idx" and (limits & 31 == 31).all()
+        source = lane & segment | number & 31 & ~segment
         self._put(operands[0], np.take_along_axis(value, source, 1).reshape(-1))
 
     def _convert(self, to: str, source: str, operands: list[str]) -> None:

@@ -135,7 +135,7 @@ MOST_INT32, MOST_GRID = 2**31 - 1, (2**31 - 1, 65_535, 65_535)
 @pytest.mark.parametrize(("out_features", "in_features"), VOCABULARIES)
 def test_launches_of_a_large_head(out_features, in_features, target, monkeypatch):
     """Grids, counters and 32-bit offsets stay in range, and temporary memory well below that of 16-bit weights."""
-    mma = Launch(16, "mma", outputs=32, warps=8, stages=5)
+    mma = Launch(16, "mma", outputs=32, warps=8, stages=2)
     kernels = [(triton_decode, "_decode_kernel"), (triton_gemm, "_gemm_kernel"), (triton_mma, "_mma_kernel")]
     packed = (
         meta(-(-out_features // 64), in_features // 128, 512, dtype=torch.int32),
