@@ -22,30 +22,24 @@ from . import ptx
 from .gpu import Gpu
 from .operands import EXACT_EXPONENT, EXPONENT, PAIRS, ROWS_PER_MMA
 from .tiles import TILE_K as _TILE_K
-from .tiles import TILE_N, WORDS_PER_BIT, unit_of
+from .tiles import unit_of
+from .triton_mma_loads import (
+    TILE_BYTES_PER_BIT,
+    TILE_STRIPS,
+    X_BYTES,
+    advance,
+    load,
+    load_weights,
+    load_x,
+    only_where,
+    run_addresses,
+    tiles_to,
+    types_of,
+)
 
-TILE_STRIPS, TILE_BYTES_PER_BIT = tl.constexpr(TILE_N // 16), tl.constexpr(4 * WORDS_PER_BIT)
-X_BYTES = tl.constexpr(2 * _TILE_K)  # of a row and tile
-X_VECTORS = tl.constexpr(PAIRS // 4)  # 16-byte loads of a lane's columns of x
 BACK, EXACT_BACK = tl.constexpr(2.0**EXPONENT), tl.constexpr(2.0**EXACT_EXPONENT)
 REGISTERS = 65536  # of a multiprocessor
 MOST_KEPT, SPARE = 128, 32  # of a thread: what the loop may keep, and what it needs beside that; else ptxas spills
-
-
-@triton.constexpr_function
-def _types(number, dtype):
-    return (dtype,) * number
-
-
-@triton.jit
-def _load(
-    address, WIDTH: tl.constexpr, VECTORS: tl.constexpr, APART: tl.constexpr, KIND: tl.constexpr, ONCE: tl.constexpr
-):
-    """WIDTH·VECTORS registers per thread; not pure, for it must stay behind the wait for the kernel before."""
-    text: tl.constexpr = ptx.load_text(WIDTH, VECTORS, APART, ONCE)
-    constraints: tl.constexpr = ptx.load_constraints(WIDTH, VECTORS, KIND)
-    types: tl.constexpr = _types(WIDTH * VECTORS, tl.float32 if KIND == "f" else tl.int32)
-    return tl.inline_asm_elementwise(text, constraints, [address], dtype=types, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -60,118 +54,6 @@ def _clear(address):
     """Store the 0 that `_multiply` reads."""
     text: tl.constexpr = ptx.clear_text()
     tl.inline_asm_elementwise(text, "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _run_addresses(
-    ptr,
-    first_strip,
-    last_strip,
-    row_bytes,
-    lane_offset,
-    STRIP_BYTES: tl.constexpr,
-    STRIPS: tl.constexpr,
-    RUN: tl.constexpr,
-):
-    """Where a lane finds the words of every run of strips in the first tile of its row."""
-    addresses = ()
-    for run in tl.static_range(STRIPS // RUN):
-        strip = tl.minimum(first_strip + run * RUN, last_strip)
-        row = ptr.to(tl.int64) + (strip // TILE_STRIPS).to(tl.int64) * row_bytes
-        addresses += (row + strip % TILE_STRIPS * STRIP_BYTES + lane_offset,)
-    return addresses
-
-
-@triton.jit
-def _advance(addresses, BYTES: tl.constexpr):
-    """Addresses BYTES on."""
-    advanced = ()
-    for i in tl.static_range(len(addresses)):
-        advanced += (addresses[i] + BYTES,)
-    return advanced
-
-
-@triton.jit
-def _tiles_to(step: tl.constexpr, last, WARPS: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr):
-    """Tiles from a warp's first one to that of a step; where none is left for it, to the last one."""
-    return step * WARPS if EVEN or step < STEPS - 1 else tl.minimum(step * WARPS, last)
-
-
-@triton.jit
-def _load_packets(
-    ptr,
-    k_tile,
-    units,
-    stride,
-    first_strip,
-    last_strip,
-    lane,
-    STRIPS: tl.constexpr,
-    UNITS: tl.constexpr,
-    UNITS_PER_GROUP: tl.constexpr,
-):
-    """A lane's part of the scales or zeros of a tile (ptx.packets)."""
-    packets = ()
-    for i in tl.static_range(ptx.packets(STRIPS, UNITS)):
-        pair = tl.minimum(4 * i + lane // 8, UNITS * STRIPS - 1)  # of unit and strip
-        strip = tl.minimum(first_strip + pair % STRIPS, last_strip)
-        unit = k_tile * UNITS + pair // STRIPS
-        group = (unit if UNITS == 1 else tl.minimum(unit, units - 1)) // UNITS_PER_GROUP  # the last tile may lack some
-        address = ptr.to(tl.int64) + (strip * 32 + lane % 8 * 4) + (group * stride).to(tl.int64) * 2
-        packets += _load(address, 1, 1, 0, "r", True)
-    return packets
-
-
-@triton.jit
-def _load_weights(
-    words,  # addresses by run of strips
-    thirds,  # those of the third bits of 3-bit codes
-    tiles,  # from the addresses on
-    k_tile,
-    scales_ptr,
-    zeros_ptr,
-    units,
-    stride_sg,
-    first_strip,
-    last_strip,
-    lane,
-    BITS: tl.constexpr,
-    STRIPS: tl.constexpr,
-    RUN: tl.constexpr,
-    UNITS: tl.constexpr,
-    UNITS_PER_GROUP: tl.constexpr,
-):
-    """A lane's weights of one tile, in the order of `ptx.multiply_text`."""
-    tile = tiles * (TILE_BYTES_PER_BIT * BITS)
-    loaded = ()
-    for c in tl.static_range(STRIPS):
-        for block in tl.static_range(2 if BITS == 4 else 1):
-            loaded += _load(words[c // RUN] + tile + (block * 2048 + c % RUN * 512), 4, 1, 0, "r", True)
-        if BITS == 3:
-            loaded += _load(thirds[c // RUN] + tile + c % RUN * 256, 2, 1, 0, "r", True)
-    place = k_tile, units, stride_sg, first_strip, last_strip, lane
-    packets = _load_packets(scales_ptr, *place, STRIPS, UNITS, UNITS_PER_GROUP)
-    if zeros_ptr is not None:
-        packets += _load_packets(zeros_ptr, *place, STRIPS, UNITS, UNITS_PER_GROUP)
-    return packets + loaded
-
-
-@triton.jit
-def _load_x(rows, tiles, BLOCKS: tl.constexpr):
-    """A lane's columns of x in one tile, `tiles` from the addresses of its rows on."""
-    loaded = ()
-    for n in tl.static_range(BLOCKS):
-        loaded += _load(rows[n] + tiles * X_BYTES, 4, X_VECTORS, 64, "r", False)
-    return loaded
-
-
-@triton.jit
-def _only_where(valid, weights, PACKETS: tl.constexpr):
-    """Weights with scales of 0 where not `valid`."""
-    scales = ()
-    for i in tl.static_range(PACKETS):
-        scales += (tl.where(valid, weights[i], 0),)
-    return scales + weights[PACKETS:]
 
 
 @triton.jit
@@ -192,9 +74,9 @@ def _multiply(
     """`acc` and the products of a tile, a tuple of [threads]; `weights` and `x` as they were loaded."""
     text: tl.constexpr = ptx.multiply_text(BITS, STRIPS, BLOCKS, UNITS, EXACT, FLOAT_ZEROS, FENCED)
     constraints: tl.constexpr = ptx.multiply_constraints(BITS, STRIPS, BLOCKS, UNITS, FLOAT_ZEROS, FENCED)
-    types: tl.constexpr = _types(4 * BLOCKS * STRIPS, tl.float32)
+    types: tl.constexpr = types_of(4 * BLOCKS * STRIPS, tl.float32)
     # factors are needed behind the products: they arrive meanwhile
-    arguments = weights + x + _load(factors, 4, UNITS * BLOCKS, 64, "f", False) + acc
+    arguments = weights + x + load(factors, 4, UNITS * BLOCKS, 64, "f", False) + acc
     if FENCED:
         arguments = arguments + (zero,)
     return tl.inline_asm_elementwise(text, constraints, arguments, dtype=types, is_pure=False, pack=1)
@@ -209,7 +91,7 @@ def _sum_of_warps(acc, shared, thread, STRIPS: tl.constexpr, WARPS: tl.constexpr
         addresses += (shared + number // 128 * (512 * WARPS) + number % 128 * 4,)
     text: tl.constexpr = ptx.sum_text(STRIPS, WARPS, EACH)
     constraints: tl.constexpr = ptx.sum_constraints(STRIPS, EACH)
-    types: tl.constexpr = _types(EACH, tl.float32)
+    types: tl.constexpr = types_of(EACH, tl.float32)
     return tl.inline_asm_elementwise(text, constraints, addresses + acc, dtype=types, is_pure=False, pack=1)
 
 
@@ -256,17 +138,17 @@ def _mma_kernel(
 
     # weights do not depend on the previous kernel: they are on their way while it still runs
     strips = tiles_ptr, first_strip, last_strip, k_tiles * TILE_BYTES
-    words = _run_addresses(*strips, warp * TILE_BYTES + lane * 16, 512, STRIPS, RUN)
+    words = run_addresses(*strips, warp * TILE_BYTES + lane * 16, 512, STRIPS, RUN)
     thirds = ()
     if BITS == 3:
-        thirds = _run_addresses(*strips, warp * TILE_BYTES + 2048 + lane * 8, 256, STRIPS, RUN)
+        thirds = run_addresses(*strips, warp * TILE_BYTES + 2048 + lane * 8, 256, STRIPS, RUN)
     scales = scales_ptr, zeros_ptr, units, stride_sg, first_strip, last_strip, lane
     last = k_tiles - 1 - warp
     weights = ()
     for step in tl.static_range(STAGES):
-        tiles = _tiles_to(step, last, WARPS, STEPS, EVEN)
+        tiles = tiles_to(step, last, WARPS, STEPS, EVEN)
         weights += (
-            _load_weights(words, thirds, tiles, warp + tiles, *scales, BITS, STRIPS, RUN, UNITS, UNITS_PER_GROUP),
+            load_weights(words, thirds, tiles, warp + tiles, *scales, BITS, STRIPS, RUN, UNITS, UNITS_PER_GROUP),
         )
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -278,7 +160,7 @@ def _mma_kernel(
     factors = sums_ptr.to(tl.int64) + warp * FACTOR_BYTES + lane % 4 * 16
     x = ()
     for step in tl.static_range(X_STAGES):
-        x += (_load_x(rows, _tiles_to(step, last, WARPS, STEPS, EVEN), BLOCKS),)
+        x += (load_x(rows, tiles_to(step, last, WARPS, STEPS, EVEN), BLOCKS),)
 
     acc = ()
     for _ in tl.static_range(4 * STRIPS * BLOCKS):
@@ -300,18 +182,18 @@ def _mma_kernel(
                 STAGES > 1,
             )
             k_tile = warp + (first + stage + STAGES) * WARPS
-            ahead = _load_weights(
+            ahead = load_weights(
                 words, thirds, (stage + STAGES) * WARPS, k_tile, *scales, BITS, STRIPS, RUN, UNITS, UNITS_PER_GROUP
             )
-            weights, x = weights[1:] + (ahead,), x[1:] + (_load_x(rows, (stage + X_STAGES) * WARPS, BLOCKS),)
-        words = _advance(words, STAGES * WARPS * TILE_BYTES)
-        thirds = _advance(thirds, STAGES * WARPS * TILE_BYTES)
-        rows = _advance(rows, STAGES * WARPS * X_BYTES)
+            weights, x = weights[1:] + (ahead,), x[1:] + (load_x(rows, (stage + X_STAGES) * WARPS, BLOCKS),)
+        words = advance(words, STAGES * WARPS * TILE_BYTES)
+        thirds = advance(thirds, STAGES * WARPS * TILE_BYTES)
+        rows = advance(rows, STAGES * WARPS * X_BYTES)
         factors += STAGES * WARPS * FACTOR_BYTES
     for step in tl.static_range(LOOPED, STEPS):
-        current, tiles = weights[0], _tiles_to(step, last, WARPS, STEPS, EVEN)
+        current, tiles = weights[0], tiles_to(step, last, WARPS, STEPS, EVEN)
         if step == STEPS - 1 and not EVEN:  # a warp without a tile left multiplies the last one again, by 0
-            current = _only_where(tiles == step * WARPS, current, ptx.packets(STRIPS, UNITS))
+            current = only_where(tiles == step * WARPS, current, ptx.packets(STRIPS, UNITS))
         acc = _multiply(
             current,
             x[0],
@@ -328,9 +210,9 @@ def _mma_kernel(
         )
         weights, x = weights[1:], x[1:]
         if step + STAGES < STEPS:
-            tiles = _tiles_to(step + STAGES, last, WARPS, STEPS, EVEN)
+            tiles = tiles_to(step + STAGES, last, WARPS, STEPS, EVEN)
             weights += (
-                _load_weights(
+                load_weights(
                     words,
                     thirds,
                     tiles - LOOPED * WARPS,
@@ -344,7 +226,7 @@ def _mma_kernel(
                 ),
             )
         if step + X_STAGES < STEPS:
-            x += (_load_x(rows, _tiles_to(step + X_STAGES, last, WARPS, STEPS, EVEN) - LOOPED * WARPS, BLOCKS),)
+            x += (load_x(rows, tiles_to(step + X_STAGES, last, WARPS, STEPS, EVEN) - LOOPED * WARPS, BLOCKS),)
 
     # sums of lane (g, t) are those of outputs 8·half + g of a strip and rows 2t + side of a block of x
     for n in tl.static_range(BLOCKS):
