@@ -96,6 +96,57 @@ def _sum_of_warps(acc, shared, thread, STRIPS: tl.constexpr, WARPS: tl.constexpr
 
 
 @triton.jit
+def _last_steps(
+    acc, words, thirds, rows, factors, weights, x, scales, zero, warp, last, FLOAT_ZEROS: tl.constexpr,
+    BITS: tl.constexpr, UNITS: tl.constexpr, UNITS_PER_GROUP: tl.constexpr, STRIPS: tl.constexpr, RUN: tl.constexpr,
+    BLOCKS: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr, LOOPED: tl.constexpr,
+    STAGES: tl.constexpr, X_STAGES: tl.constexpr, EXACT: tl.constexpr, FACTOR_BYTES: tl.constexpr,
+):  # fmt: skip
+    """`acc` and the products of the steps behind the loop, some of which have nothing left to ask for."""
+    for step in tl.static_range(LOOPED, STEPS):
+        current, tiles = weights[0], tiles_to(step, last, WARPS, STEPS, EVEN)
+        if step == STEPS - 1 and not EVEN:  # a warp without a tile left multiplies the last one again, by 0
+            current = only_where(tiles == step * WARPS, current, ptx.packets(STRIPS, UNITS))
+        acc = _multiply(
+            current, x[0], factors + (tiles - LOOPED * WARPS) * FACTOR_BYTES, acc, zero,
+            BITS, STRIPS, BLOCKS, UNITS, EXACT, FLOAT_ZEROS, STAGES > 1,
+        )  # fmt: skip
+        weights, x = weights[1:], x[1:]
+        if step + STAGES < STEPS:
+            tiles = tiles_to(step + STAGES, last, WARPS, STEPS, EVEN)
+            ahead = load_weights(
+                words, thirds, tiles - LOOPED * WARPS, warp + tiles, *scales,
+                BITS, STRIPS, RUN, UNITS, UNITS_PER_GROUP,
+            )  # fmt: skip
+            weights += (ahead,)
+        if step + X_STAGES < STEPS:
+            x += (load_x(rows, tiles_to(step + X_STAGES, last, WARPS, STEPS, EVEN) - LOOPED * WARPS, BLOCKS),)
+    return acc
+
+
+@triton.jit
+def _store_sums(
+    acc, shared, thread, first_strip, bias_ptr, out_ptr, M, N,
+    STRIPS: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Add up over warps and store: lane (g, t) has outputs 8·half + g of a strip and rows 2t + side of a block of x."""
+    EACH: tl.constexpr = (4 * STRIPS + WARPS - 1) // WARPS  # sums of a thread and block of rows
+    for n in tl.static_range(BLOCKS):
+        if n > 0:
+            tl.debug_barrier()  # all have read the sums of the block before
+        sums = _sum_of_warps(acc[4 * STRIPS * n : 4 * STRIPS * (n + 1)], shared, thread, STRIPS, WARPS, EACH)
+        for o in tl.static_range(EACH):
+            number = thread + o * (32 * WARPS)
+            offs_n = (first_strip + number // 128) * 16 + number // 2 % 2 * 8 + number // 16 % 8
+            offs_m = 8 * n + number // 4 % 4 * 2 + number % 2
+            mask = (number < 128 * STRIPS) & (offs_m < M) & (offs_n < N)
+            total = sums[o] * (EXACT_BACK if EXACT else BACK)
+            if bias_ptr is not None:
+                total += tl.load(bias_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_ptr + offs_m * N + offs_n, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _mma_kernel(
     x_ptr,  # float16 [M, 128·k_tiles], arranged
     sums_ptr,  # float32 [units, 8·BLOCKS, 2]
@@ -122,7 +173,6 @@ def _mma_kernel(
     EXACT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    EACH: tl.constexpr = (4 * STRIPS + WARPS - 1) // WARPS  # sums of a thread and block of rows
     RUN: tl.constexpr = STRIPS if TILE_STRIPS % STRIPS == 0 else 1  # strips that lie in one tile
     TILE_BYTES: tl.constexpr = TILE_BYTES_PER_BIT * BITS
     FACTOR_BYTES: tl.constexpr = UNITS * BLOCKS * 64  # of a tile
@@ -138,110 +188,45 @@ def _mma_kernel(
 
     # weights do not depend on the previous kernel: they are on their way while it still runs
     strips = tiles_ptr, first_strip, last_strip, k_tiles * TILE_BYTES
-    words = run_addresses(*strips, warp * TILE_BYTES + lane * 16, 512, STRIPS, RUN)
-    thirds = ()
+    words, thirds = run_addresses(*strips, warp * TILE_BYTES + lane * 16, 512, STRIPS, RUN), ()
     if BITS == 3:
         thirds = run_addresses(*strips, warp * TILE_BYTES + 2048 + lane * 8, 256, STRIPS, RUN)
     scales = scales_ptr, zeros_ptr, units, stride_sg, first_strip, last_strip, lane
-    last = k_tiles - 1 - warp
-    weights = ()
+    last, weights, rows, x, acc = k_tiles - 1 - warp, (), (), (), ()
     for step in tl.static_range(STAGES):
         tiles = tiles_to(step, last, WARPS, STEPS, EVEN)
-        weights += (
-            load_weights(words, thirds, tiles, warp + tiles, *scales, BITS, STRIPS, RUN, UNITS, UNITS_PER_GROUP),
-        )
+        ahead = load_weights(words, thirds, tiles, warp + tiles, *scales, BITS, STRIPS, RUN, UNITS, UNITS_PER_GROUP)
+        weights += (ahead,)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    rows = ()
     for n in tl.static_range(BLOCKS):
         row = tl.minimum(lane // 4 + 8 * n, M - 1).to(tl.int64)
         rows += (x_ptr.to(tl.int64) + (row * k_tiles + warp) * X_BYTES + lane % 4 * 16,)
     factors = sums_ptr.to(tl.int64) + warp * FACTOR_BYTES + lane % 4 * 16
-    x = ()
     for step in tl.static_range(X_STAGES):
         x += (load_x(rows, tiles_to(step, last, WARPS, STEPS, EVEN), BLOCKS),)
-
-    acc = ()
     for _ in tl.static_range(4 * STRIPS * BLOCKS):
         acc += (tl.full([32 * WARPS], 0.0, tl.float32),)
     for first in range(0, LOOPED, STAGES):
         for stage in tl.static_range(STAGES):
             acc = _multiply(
-                weights[0],
-                x[0],
-                factors + stage * WARPS * FACTOR_BYTES,
-                acc,
-                zero,
-                BITS,
-                STRIPS,
-                BLOCKS,
-                UNITS,
-                EXACT,
-                zeros_ptr is not None,
-                STAGES > 1,
-            )
-            k_tile = warp + (first + stage + STAGES) * WARPS
-            ahead = load_weights(
-                words, thirds, (stage + STAGES) * WARPS, k_tile, *scales, BITS, STRIPS, RUN, UNITS, UNITS_PER_GROUP
-            )
+                weights[0], x[0], factors + stage * WARPS * FACTOR_BYTES, acc, zero,
+                BITS, STRIPS, BLOCKS, UNITS, EXACT, zeros_ptr is not None, STAGES > 1,
+            )  # fmt: skip
+            k_tile, on = warp + (first + stage + STAGES) * WARPS, (stage + STAGES) * WARPS
+            ahead = load_weights(words, thirds, on, k_tile, *scales, BITS, STRIPS, RUN, UNITS, UNITS_PER_GROUP)
             weights, x = weights[1:] + (ahead,), x[1:] + (load_x(rows, (stage + X_STAGES) * WARPS, BLOCKS),)
         words = advance(words, STAGES * WARPS * TILE_BYTES)
         thirds = advance(thirds, STAGES * WARPS * TILE_BYTES)
         rows = advance(rows, STAGES * WARPS * X_BYTES)
         factors += STAGES * WARPS * FACTOR_BYTES
-    for step in tl.static_range(LOOPED, STEPS):
-        current, tiles = weights[0], tiles_to(step, last, WARPS, STEPS, EVEN)
-        if step == STEPS - 1 and not EVEN:  # a warp without a tile left multiplies the last one again, by 0
-            current = only_where(tiles == step * WARPS, current, ptx.packets(STRIPS, UNITS))
-        acc = _multiply(
-            current,
-            x[0],
-            factors + (tiles - LOOPED * WARPS) * FACTOR_BYTES,
-            acc,
-            zero,
-            BITS,
-            STRIPS,
-            BLOCKS,
-            UNITS,
-            EXACT,
-            zeros_ptr is not None,
-            STAGES > 1,
-        )
-        weights, x = weights[1:], x[1:]
-        if step + STAGES < STEPS:
-            tiles = tiles_to(step + STAGES, last, WARPS, STEPS, EVEN)
-            weights += (
-                load_weights(
-                    words,
-                    thirds,
-                    tiles - LOOPED * WARPS,
-                    warp + tiles,
-                    *scales,
-                    BITS,
-                    STRIPS,
-                    RUN,
-                    UNITS,
-                    UNITS_PER_GROUP,
-                ),
-            )
-        if step + X_STAGES < STEPS:
-            x += (load_x(rows, tiles_to(step + X_STAGES, last, WARPS, STEPS, EVEN) - LOOPED * WARPS, BLOCKS),)
-
-    # sums of lane (g, t) are those of outputs 8·half + g of a strip and rows 2t + side of a block of x
-    for n in tl.static_range(BLOCKS):
-        if n > 0:
-            tl.debug_barrier()  # all have read the sums of the block before
-        sums = _sum_of_warps(acc[4 * STRIPS * n : 4 * STRIPS * (n + 1)], shared, thread, STRIPS, WARPS, EACH)
-        for o in tl.static_range(EACH):
-            number = thread + o * (32 * WARPS)
-            offs_n = (first_strip + number // 128) * 16 + number // 2 % 2 * 8 + number // 16 % 8
-            offs_m = 8 * n + number // 4 % 4 * 2 + number % 2
-            mask = (number < 128 * STRIPS) & (offs_m < M) & (offs_n < N)
-            total = sums[o] * (EXACT_BACK if EXACT else BACK)
-            if bias_ptr is not None:
-                total += tl.load(bias_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out_ptr + offs_m * N + offs_n, total.to(out_ptr.dtype.element_ty), mask=mask)
+    acc = _last_steps(
+        acc, words, thirds, rows, factors, weights, x, scales, zero, warp, last, zeros_ptr is not None,
+        BITS, UNITS, UNITS_PER_GROUP, STRIPS, RUN, BLOCKS, WARPS, STEPS, EVEN, LOOPED, STAGES, X_STAGES, EXACT,
+        FACTOR_BYTES,
+    )  # fmt: skip
+    _store_sums(acc, shared, thread, first_strip, bias_ptr, out_ptr, M, N, STRIPS, BLOCKS, WARPS, EXACT)
 
 
 def runs_on(gpu: Gpu) -> bool:
