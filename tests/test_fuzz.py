@@ -25,6 +25,7 @@ import tiny
 import torch
 from bq_calibration import inspect
 from bq_calibration.errors import UserError
+from bq_calibration.export import GUARD
 from bq_calibration.files import write_tensors
 from bq_kernels.checksums import write_sums
 from bq_kernels.format import FormatError
@@ -63,6 +64,8 @@ def sound(tmp_path_factory) -> dict[str, Path]:
     for name, options in FORMATS.items():
         made[name] = folder = tmp_path_factory.mktemp("sound") / "checkpoint"
         tiny.write_checkpoint(folder, tiny.quant_config(**options), tied=name in TIED)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": GUARD}))
         save_tokenizer(folder)
         write_weights(folder, load_file(folder / "model.safetensors"), sharded=name in SHARDED)
         write_sums(folder)
@@ -456,13 +459,14 @@ def test_engines_agree(sound, quiet, tmp_path):
         if not same:
             continue
         served = ask(by_vllm, folder, (FormatError,))
-        if served.refusal is None and ask(by_inspect, folder, (UserError,)).refusal is None and len(read) < 2:
+        if served.refusal is None and ask(by_inspect, folder, (UserError,)).refusal is None and len(read) < 1:
             read.append(folder)
-        elif served.refusal is not None and len(refused) < 3:
+        elif served.refusal is not None and len(refused) < 2:
             refused[folder] = served.refusal.removeprefix("FormatError: ")
     jobs = [{"model": str(folder), "fails": folder in refused} for folder in (*read, *refused)]
     answers, printed = run_engines(tmp_path, jobs, TORCHDYNAMO_DISABLE="1")
     for folder, answer in zip(read, answers, strict=False):
         assert_same(answer["base"], expected(tiny.decode(folder)))
     for (folder, refusal), answer in zip(refused.items(), answers[len(read) :], strict=True):
-        assert "error" in answer and (refusal in printed or "no such" in refusal), f"{folder}: {refusal}"
+        told = answer["error"] + printed
+        assert refusal in told or "no such" in refusal, f"{folder}: {refusal}"  # the latter is vLLM's own
