@@ -40,7 +40,7 @@ tokens. The first is asked alone (batch 1), then all at once (batch 8).
 
 The factors have {values} values, their product {product:,} cases. The matrix has {cases} cases, in which every two
 values of two factors meet, but for those that are refused. `tests/parity/matrix.py` lists factors, values and refusals.
-This command runs the cases that `benchmarks/results/parity_matrix.json` does not hold, and writes this page:
+This command runs those that have not passed in `benchmarks/results/parity_matrix.json` yet, and writes this page:
 
 ```console
 $ python -m tests.parity

@@ -6,11 +6,13 @@ variables such as BQ_VLLM_BACKEND apply to the process, or are a job's own.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 TOKENS = 6
@@ -52,6 +54,7 @@ def run_engines(folder: Path, jobs: list[dict], timeout: int = 400, **variables:
         text=True,
         timeout=timeout,
     )
+    (folder / "printed.log").write_text(process.stdout)
     assert process.returncode == 0, process.stdout[-6000:]
     return json.loads(out.read_text()), process.stdout
 
@@ -112,6 +115,18 @@ def compile_as_on_a_gpu() -> None:
     CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
 
 
+def override_kernels_once() -> None:
+    """Let vLLM's CPU platform replace Triton kernels for the first engine of the process only.
+
+    Every engine does it anew, by a walk over all modules, which fails on the library of numba that n-gram speculation
+    of an earlier engine has loaded: `'_lib_fn_wrapper' object has no attribute 'get'`.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    override = functools.cache(CpuPlatform.register_triton_kernel_overrides)
+    CpuPlatform.register_triton_kernel_overrides = staticmethod(override)
+
+
 def drafted_tokens(llm) -> int:
     """Tokens that speculative decoding has proposed."""
     return sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens")
@@ -150,6 +165,7 @@ def run(job: dict) -> dict:
     except Exception as error:
         if not job.get("fails"):
             raise
+        traceback.print_exc()
         return {"error": str(error)}
     finally:
         if llm is not None:
@@ -161,4 +177,5 @@ def run(job: dict) -> dict:
 
 if __name__ == "__main__":
     jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    override_kernels_once()
     out.write_text(json.dumps([run(job) for job in jobs]))
