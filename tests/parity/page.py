@@ -131,8 +131,8 @@ def _refusals(refused: list[dict]) -> str:
         values = ", ".join(f"{name} {value}" for name, value in refusal.values.items())
         found = next((one for one in refused if one["values"] == refusal.values), None)
         said = f"`{found['message']}`" if found else "not run"
-        wrong = "" if found is None or found["passed"] else " **It was not**."
-        lines.append(f"{number}. {values}: refused by {refusal.by}.{wrong} {said}\n")
+        wrong = "" if found is None or found["passed"] else ", **but it was not**"
+        lines.append(f"{number}. {values}: refused by {refusal.by}{wrong}: {said}\n")
     return "".join(lines)
 
 
