@@ -176,6 +176,8 @@ def test_command(words):
         check_make(words)
     elif program == "pytest":
         check_pytest(words)
+    elif words[1:2] == ["-m"] and words[2].startswith("tests."):
+        assert (ROOT / words[2].replace(".", "/") / "__main__.py").exists()
     elif program == "vllm" or words[:2] == ["python", "-m"]:
         check_vllm(words)
     else:

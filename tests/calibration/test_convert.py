@@ -15,7 +15,7 @@ from bq_calibration.packed_modules import ButterflyLinear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..vllm.test_engine import run_engines
+from ..vllm.engine import run_engines
 from . import foreign
 
 IDS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))

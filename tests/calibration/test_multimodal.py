@@ -22,7 +22,8 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText
 
-from ..vllm.test_engine import assert_same, run_engines
+from ..vllm.engine import run_engines
+from ..vllm.test_engine import assert_same
 from .conftest import MULTIMODAL_CONFIGS, make_model
 from .test_calibrate import run
 

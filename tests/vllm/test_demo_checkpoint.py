@@ -14,7 +14,8 @@ import tiny
 import torch
 from bq_calibration.compute import dtype_name, native_dtype
 
-from .test_engine import ask_server, environment, run_engines
+from .engine import environment, run_engines
+from .test_engine import ask_server
 
 CHECKPOINT = Path(os.environ.get("BQ_CHECKPOINT", "build/demo/SmolLM2-135M-bq2")).resolve()
 TEXTS = ["The capital of France is", "Once upon a time, in a small village,"]

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
 import re
 import socket
 import subprocess
@@ -18,14 +17,14 @@ import pytest
 import tiny
 import torch
 
+from .engine import PROMPTS, TOKENS, environment, run_engines
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="these run vLLM's CPU build"),
 ]
 
-TOKENS = 6
-PROMPTS = [[5, 9, 100, 33], [7, 8, 9] * 5, [400], list(range(50, 90))]
 VARIANTS = {
     "3 bits, zeros, bias": {"bits": 3, "zero_point": "float", "group_size": 64},
     "4 bits, hadamard, full width": {
@@ -52,38 +51,6 @@ VARIANTS = {
     },
     "tied, packed": {"skip": (), "module_bits": {"model.embed_tokens": 4}},
 }
-
-
-def environment(folder: Path, **variables: str) -> dict[str, str]:
-    """Variables for a process that runs vLLM: offline, on the CPU, with our plugin only.
-
-    All processes share a cache: what one backend compiled must not be run by another.
-    """
-    ours = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_PLUGINS": "butterfly",
-        "VLLM_CACHE_ROOT": str(folder.parent / "cache"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    inherited = {k: v for k, v in os.environ.items() if k not in ("BQ_VLLM_BACKEND", "TRITON_INTERPRET")}
-    return inherited | ours | variables
-
-
-def run_engines(folder: Path, jobs: list[dict], **variables: str) -> tuple[list[dict], str]:
-    """Run jobs in a process of their own; returns the answers and everything that it printed."""
-    source, out = folder / "jobs.json", folder / "answers.json"
-    source.write_text(json.dumps([{"prompts": PROMPTS, "max_tokens": TOKENS, "logprobs": 0} | job for job in jobs]))
-    process = subprocess.run(
-        [sys.executable, Path(__file__).with_name("engine.py"), source, out],
-        env=environment(folder, **variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,
-    )
-    assert process.returncode == 0, process.stdout[-6000:]
-    return json.loads(out.read_text()), process.stdout
 
 
 def expected(state: dict[str, torch.Tensor], bias: bool = False, experts: int = 0) -> list[dict]:
@@ -132,7 +99,7 @@ def other(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
-    return tiny.write_lora(tmp_path_factory.mktemp("adapter"))
+    return tiny.write_lora(tmp_path_factory.mktemp("adapter"), tiny.linears())
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +183,8 @@ def test_fused_norms(tmp_path, base, wanted):
 
 @pytest.fixture(scope="module")
 def head_adapter(tmp_path_factory) -> Path:
-    return tiny.write_lora(tmp_path_factory.mktemp("head adapter"), head=True)
+    layers = tiny.linears() | {"lm_head": (tiny.VOCABULARY, tiny.HIDDEN)}
+    return tiny.write_lora(tmp_path_factory.mktemp("head adapter"), layers)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

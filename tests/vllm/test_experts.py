@@ -12,7 +12,8 @@ pytest.importorskip("vllm")
 
 from bq_vllm.experts import SHARDS, PackedExpertsMethod
 
-from .test_engine import PROMPTS, assert_same, expected, run_engines
+from .engine import PROMPTS, run_engines
+from .test_engine import assert_same, expected
 
 MODULE = "model.layers.0.mlp.experts"
 FORMATS = {

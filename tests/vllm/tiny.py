@@ -191,14 +191,15 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], config: dict) -> Path:
     return path
 
 
-def write_lora(path: Path, rank: int = 8, seed: int = 7, head: bool = False) -> Path:
-    """Write a random LoRA adapter for every linear layer, and perhaps the LM head."""
+def linears() -> dict[str, tuple[int, int]]:
+    """Shapes of the linear layers by full name."""
+    return {f"model.layers.{i}.{name}": shape for i, (name, shape) in itertools.product(range(LAYERS), LINEARS.items())}
+
+
+def write_lora(path: Path, layers: dict[str, tuple[int, int]], rank: int = 8, seed: int = 7) -> Path:
+    """Write a random LoRA adapter for layers of these shapes."""
     g = torch.Generator().manual_seed(seed)
     tensors = {}
-    layers = {
-        f"model.layers.{i}.{name}": shape for i, (name, shape) in itertools.product(range(LAYERS), LINEARS.items())
-    }
-    layers |= {"lm_head": (VOCABULARY, HIDDEN)} if head else {}
     for name, (rows, columns) in layers.items():
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, columns, generator=g) / columns**0.5

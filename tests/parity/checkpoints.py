@@ -1,0 +1,99 @@
+"""The folders that a case compares: a tiny random model, its checkpoint, and dense models decoded from that."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from bq_calibration import calibrate
+from safetensors.torch import load_file, save_file
+
+from ..calibration.conftest import CONFIGS, MULTIMODAL_CONFIGS, make_model, make_text
+from ..vllm import tiny
+from .pairwise import Case
+
+# 384 = 2⁷·3 makes a composite rotation; wider models would take Triton's interpreter minutes
+WIDTHS = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2)
+ROTATIONS = {
+    "blocks of 64": dict(rotation_block=64, init="random"),
+    "full width": dict(rotation_block=None, init="random"),
+    "Hadamard, blocks of 64": dict(rotation="hadamard", rotation_block=64),
+    "none": dict(rotation="none"),
+}
+# codes need not be good ones: what is compared is how they are read
+QUICK = dict(rounding="rtn", refine=0, steps=0, compare=False, samples=2, seqlen=16)
+PACKED = (".qweight", ".scales", ".zeros", ".angles")
+
+
+def architecture_of(case: Case) -> str:
+    """Name of a case's architecture in the tables of tiny models."""
+    return str(case["architecture"]).partition(",")[0]
+
+
+def _is_tied(folder: Path) -> bool:
+    return not any(name.endswith("lm_head.weight") for name in load_file(folder / "model.safetensors"))
+
+
+def write_source(folder: Path, case: Case) -> Path:
+    """Write the 16-bit model of a case."""
+    architecture = architecture_of(case)
+    config = (CONFIGS | MULTIMODAL_CONFIGS)[architecture]()
+    for name, value in WIDTHS.items():
+        setattr(config.get_text_config(), name, value)
+    if architecture == "llama":
+        config.tie_word_embeddings = case["architecture"] == "llama, tied head"
+    vision = getattr(config, "vision_config", None)
+    if hasattr(vision, "out_hidden_size"):
+        vision.out_hidden_size = WIDTHS["hidden_size"]
+    make_model(folder, architecture, config=config)
+    if _is_tied(folder):  # else the token just seen would be the likeliest
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {name: 0.1 * tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_checkpoint(folder: Path, source: Path, case: Case) -> Path:
+    """Calibrate the model of a case, in the format of the case."""
+    settings = QUICK | ROTATIONS[case["rotation"]] | {"zero_point": case["zero point"], "head_bits": case["head bits"]}
+    settings["bits"], settings["target_bpw"] = (2, 3.6) if case["bits"] == "mixed" else (case["bits"], None)
+    settings["group_size"] = -1 if case["group"] == "per channel" else case["group"]
+    if _is_tied(source):
+        settings["embedding_bits"] = case["head bits"]
+    text = folder.with_suffix(".txt")
+    text.write_text(make_text(200))
+    calibrate(str(source), str(folder), device="cpu", plots=False, dataset=str(text), **settings)
+    return folder
+
+
+def write_other(folder: Path, checkpoint: Path) -> Path:
+    """Write a checkpoint of the same format with the rows of all packed layers in reverse order."""
+    shutil.copytree(checkpoint, folder)
+    (folder / "SHA256SUMS").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: tensor.flip(0) for name, tensor in tensors.items() if name.endswith(".qweight")}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def decode(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the dense model that a checkpoint stands for, by an independent reading of the format."""
+    stored = load_file(checkpoint / "model.safetensors")
+    return {name: tensor for name, tensor in stored.items() if not name.endswith(PACKED)} | tiny.decode(checkpoint)
+
+
+def write_dense(folder: Path, source: Path, state: dict[str, torch.Tensor]) -> Path:
+    """Write a dense model of the class of the source."""
+    folder.mkdir()
+    for file in source.glob("*.json"):
+        shutil.copy(file, folder)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_adapter(folder: Path, checkpoint: Path, state: dict[str, torch.Tensor]) -> Path:
+    """Write a LoRA adapter of all packed layers of the decoder."""
+    stored = load_file(checkpoint / "model.safetensors")
+    modules = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight") and ".layers." in name]
+    return tiny.write_lora(folder, {module: tuple(state[f"{module}.weight"].shape) for module in modules})
