@@ -31,7 +31,7 @@ SHARED_INPUT = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("
 EXPERTS = 6  # of a mixture, two per token
 
 
-def linears(experts: int = 0) -> dict[str, tuple[int, int]]:
+def layer_shapes(experts: int = 0) -> dict[str, tuple[int, int]]:
     """Shapes of the linear layers of a decoder layer, by name."""
     if not experts:
         return LINEARS
@@ -44,7 +44,7 @@ def shared_input(experts: int = 0) -> list[list[str]]:
     """Layers that share an input and so a rotation, the input of all experts' down projections among them."""
     if not experts:
         return [list(names) for names in SHARED_INPUT]
-    names = linears(experts)
+    names = layer_shapes(experts)
     pairs = [name for name in names if name.endswith(("gate_proj", "up_proj"))]
     return [list(SHARED_INPUT[0]), pairs, [name for name in names if name.endswith("down_proj")]]
 
@@ -107,7 +107,7 @@ def random_tensors(
             tensors[f"{prefix}mlp.gate.weight"] = torch.randn(experts, HIDDEN, generator=g) / HIDDEN**0.5
             for norm in ("q_norm", "k_norm"):
                 tensors[f"{prefix}self_attn.{norm}.weight"] = torch.rand(HEAD, generator=g) + 0.5
-        for name, (rows, columns) in linears(experts).items():
+        for name, (rows, columns) in layer_shapes(experts).items():
             module = prefix + name
             if name.rsplit(".", 1)[-1] in quant.modules_to_not_convert:
                 tensors[f"{module}.weight"] = torch.randn(rows, columns, generator=g) / columns**0.5
