@@ -51,7 +51,7 @@ else
 endif
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile  # a test takes one core
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
