@@ -20,9 +20,8 @@ def check_shards(directory: Path) -> None:
     Raises:
         FormatError: naming the file, and the tensor where that can be told.
     """
-    if any(
-        directory.glob("*.safetensors*")
-    ):  # else it is a config for `--load-format dummy`, or vLLM says what is missing
+    # without any weights it is a config for `--load-format dummy`, or vLLM says what is missing
+    if any(directory.glob("*.safetensors*")):
         tensor_files(directory)
     compare_for_loading(directory)
 

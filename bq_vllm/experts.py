@@ -7,9 +7,9 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from bq_kernels import ops, reference
+from bq_kernels import reference
 from bq_kernels.format import FormatError, QuantConfig
-from bq_kernels.prepared import PreparedWeights, prepare_weights, prepared_linear
+from bq_kernels.prepared import PreparedWeights, prepare_weights, prepared_experts
 from torch.nn import Parameter
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -111,13 +111,16 @@ class StoredExperts:
     def _finish_loading(self, layer: torch.nn.Module) -> None:
         """Refuse missing tensors."""
         loaded = layer.butterfly_loaded
+        if not loaded and bool(
+            layer.w13_scales.isfinite().all()
+        ):  # dummy weights are finite, unlike create_weights' NaN
+            return
         for shard_id, last in SHARDS.items():
             name = DOWN if shard_id == "w2" else PAIR
             rows, columns = layer.butterfly_shapes[shard_id]
             for suffix, spec in self.config.tensors(f"{self.module}.0.{last}", columns, rows).items():
                 for expert in range(len(layer.w13_qweight)):
-                    dummy = not loaded and bool(layer.w13_scales.isfinite().all())
-                    if (name, suffix, expert, shard_id) not in loaded and not dummy:
+                    if (name, suffix, expert, shard_id) not in loaded:
                         raise FormatError(
                             f"{self.module}.{expert}.{last}.{suffix}: missing from the checkpoint; expected "
                             f"{spec.dtype} {list(spec.shape)}"
@@ -213,15 +216,7 @@ class PackedExpertsMethod(StoredExperts, FusedMoEMethodBase):
         """Products [M, k, N] of x [M, K] with the weights `name` of its experts [M, k], -1 for none."""
         rows = layer.butterfly_shapes["w2"][0] if name == DOWN else 2 * layer.intermediate_size_per_partition
         weights = PreparedWeights(*(getattr(layer, f"{name}_{suffix}", None) for suffix in PreparedWeights._fields))
-        if self.backend == "triton":
-            *packed, cos_sin, mix = weights
-            return ops.grouped_linear(x, experts, *packed, rows, cos_sin, mix)
-        out = x.new_zeros(*experts.shape, rows)
-        for expert in experts[experts >= 0].unique().tolist():
-            row, place = (experts == expert).nonzero(as_tuple=True)
-            own = (None if stacked is None else stacked[expert] for stacked in weights[:3])
-            out[row, place] = prepared_linear(x[row], PreparedWeights(*own, *weights[3:]), None, rows)
-        return out
+        return prepared_experts(x, experts, weights, rows)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_, **__

@@ -92,6 +92,31 @@ def prepared_linear(
     return reference.packed_linear(x, qweight, scales, zeros, bias)
 
 
+def prepared_experts(
+    x: torch.Tensor, experts: torch.Tensor, weights: PreparedWeights, out_features: int
+) -> torch.Tensor:
+    """W′ₑ (Q x) for the experts e of every row: an operator of `ops` for tiles, else plain torch.
+
+    Args:
+        x: [M, K], any float dtype.
+        experts: int [M, k], those of every row; -1 for none.
+        weights: from `prepare_weights`, of all experts: one dimension more in front, but for the tables they share.
+        out_features: N.
+
+    Returns:
+        [M, k, N] in the dtype of `x`, 0 where there is no expert.
+    """
+    qweight, scales, zeros, cos_sin, mix = weights
+    if qweight.dim() == 4:
+        return ops.grouped_linear(x, experts, qweight, scales, zeros, out_features, cos_sin, mix)
+
+    def product(rows: torch.Tensor, expert: int) -> torch.Tensor:
+        own = qweight[expert], scales[expert], None if zeros is None else zeros[expert]
+        return prepared_linear(rows, PreparedWeights(*own, cos_sin, mix), None, out_features)
+
+    return reference.by_expert(x, experts, out_features, product)
+
+
 def prepared_embedding(
     ids: torch.Tensor, weights: PreparedWeights, in_features: int, dtype: torch.dtype
 ) -> torch.Tensor:

@@ -6,6 +6,7 @@ Method: ButterflyQuant (arXiv 2509.09679). y = W x = (W Qᵀ)(Q x) with Q a butt
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -193,6 +194,27 @@ def dequantize(
     """W′ = s·(q − z) in float32 [..., N, K]; mid-rise levels where `zeros` is None."""
     bits, group = layout_of(qweight, scales, in_features)
     return levels(unpack(qweight, bits).float().unflatten(-1, (-1, group)), scales, zeros, bits).flatten(-2)
+
+
+def by_expert(
+    x: torch.Tensor, experts: torch.Tensor, out_features: int, product: Callable[[torch.Tensor, int], torch.Tensor]
+) -> torch.Tensor:
+    """Products of the rows of x with the weights of their experts, one expert after the other.
+
+    Args:
+        x: [M, K].
+        experts: int [M, k], those of every row; -1 for none.
+        out_features: N.
+        product: gives [rows, N] for rows of x and an expert.
+
+    Returns:
+        [M, k, N] in the dtype of `x`, 0 where there is no expert.
+    """
+    out = x.new_zeros(*experts.shape, out_features)
+    for expert in experts[experts >= 0].unique().tolist():
+        row, place = (experts == expert).nonzero(as_tuple=True)
+        out[row, place] = product(x[row], expert)
+    return out
 
 
 def packed_linear(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .activations import from_int8, rotate_to_int8, rounds_activations
 from .format import largest_code
 from .packing import pack, unpack
-from .reference import apply_rotation, layout_of, levels, rms_norm, undo_rotation
+from .reference import apply_rotation, by_expert, layout_of, levels, rms_norm, undo_rotation
 
 TILE_N, TILE_K = 64, 128  # outputs and inputs of a tile
 FIELDS = {2: (2,), 3: (2, 1), 4: (4,)}  # widths of the fields in which a code is stored, low bits first
@@ -255,13 +255,13 @@ def grouped_linear(
     Returns:
         [M, k, N] in the dtype of `x`, 0 where there is no expert.
     """
-    out = x.new_zeros(*experts.shape, out_features)
     x = x if cos_sin is None else apply_rotation(x, cos_sin, mix)
-    for expert in range(len(tiles)):
-        row, place = (experts == expert).nonzero(as_tuple=True)
+
+    def product(rows: torch.Tensor, expert: int) -> torch.Tensor:
         own = tiles[expert], scales[expert], None if zeros is None else zeros[expert]
-        out[row, place] = tiled_linear(x[row], *own, None, out_features)
-    return out
+        return tiled_linear(rows, *own, None, out_features)
+
+    return by_expert(x, experts, out_features, product)
 
 
 def norm_linear(
