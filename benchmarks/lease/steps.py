@@ -78,17 +78,15 @@ def _kernel_steps(plan: Plan) -> list[Step]:
     files = [tests / f"test_{name}.py" for name in ("triton", "dense", "int8", "norm")]
     chosen = [tests / "test_ops.py"] if plan.rehearse else ["-k", "not interpreter", *files]
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, chosen))
+
+    def table(name: str, purpose: str, seconds: int, least: int, *arguments: str, timed: bool = True) -> Step:
+        """A call of kernels.py that writes its JSON; `arguments` begin with its command where that has another name."""
+        call = arguments or (name,)
+        return Step(name, purpose, plan.kernels(*call, timed=timed), seconds, least, gpu, plan.out / f"{call[0]}.json")
+
     return [
         Step("tests", "kernel tests on this GPU", pytest, 90, 20, (*gpu, "pytest")),
-        Step(
-            name="errors",
-            purpose="errors of the kernels against float64 on the shapes of LLaMA-2-7B",
-            command=plan.kernels("errors"),
-            seconds=60,
-            least=20,
-            needs=gpu,
-            result=plan.out / "errors.json",
-        ),
+        table("errors", "errors of the kernels against float64 on the shapes of LLaMA-2-7B", 60, 20),
         Step(
             name="tune",
             purpose="best launches, for launch.json",
@@ -98,42 +96,16 @@ def _kernel_steps(plan: Plan) -> list[Step]:
             needs=gpu,
             keeps=None if plan.rehearse else LAUNCH_TABLE,
         ),
-        Step(
-            name="kernels",
-            purpose="times of one layer beside floor, cuBLAS and peers",
-            command=plan.kernels("run", "--shapes", "square,llama2-7b"),
-            seconds=120,
-            least=40,
-            needs=gpu,
-            result=plan.out / "run.json",
+        table(
+            "kernels",
+            "times of one layer beside floor, cuBLAS and peers",
+            120,
+            40,
+            *("run", "--shapes", "square,llama2-7b"),
         ),
-        Step(
-            name="layer",
-            purpose="linears of a decoder layer in a CUDA graph, by kernel",
-            command=plan.kernels("layer", timed=False),
-            seconds=45,
-            least=20,
-            needs=gpu,
-            result=plan.out / "layer.json",
-        ),
-        Step(
-            name="vocabulary",
-            purpose="LM heads and look-ups of embeddings in 4 bits",
-            command=plan.kernels("vocabulary"),
-            seconds=60,
-            least=20,
-            needs=gpu,
-            result=plan.out / "vocabulary.json",
-        ),
-        Step(
-            name="mixture",
-            purpose="MLPs of mixtures of experts",
-            command=plan.kernels("mixture"),
-            seconds=60,
-            least=20,
-            needs=gpu,
-            result=plan.out / "mixture.json",
-        ),
+        table("layer", "linears of a decoder layer in a CUDA graph, by kernel", 45, 20, timed=False),
+        table("vocabulary", "LM heads and look-ups of embeddings in 4 bits", 60, 20),
+        table("mixture", "MLPs of mixtures of experts", 60, 20),
     ]
 
 
