@@ -208,13 +208,13 @@ def _memory(source: SourceModel, recipe: Recipe, weights: int, features: int, bu
         UserError: if it is more than the budget.
     """
     item = source.dtype.itemsize
-    widest = max(source.empty_block(0).in_features(group) for group in source.groups)
+    block = source.empty_block(0)
+    widest = max(block.in_features(group) for group in block.groups)
     corrects = bool(recipe.correction)
     states = _states(source, recipe) * (1 + bool(recipe.block_tokens or corrects) + corrects) // parallel.size()
     layer = (18 if recipe.block_tokens else 10 + item * corrects) * weights
     layer += 40 * widest**2 + TOKENS_PER_BATCH * features * item
-    block = source.empty_block(0)  # every expert has a Hessian
-    layer += max(4 * group.experts * block.in_features(group) ** 2 for group in source.groups)
+    layer += max(4 * group.experts * block.in_features(group) ** 2 for group in block.groups)  # a Hessian per expert
     blocks = PROCESS + states + layer
     if blocks > budget:
         raise UserError(
@@ -245,9 +245,8 @@ def _operations(block: Block, recipe: Recipe, count: int) -> float:
         k = block.in_features(group)
         n = sum(layer.out_features for layer in block.linears(group).values())
         tokens = recipe.samples * recipe.seqlen
-        total += 3 * (4 * k * k * min(n, 3 * MOST_ROWS) + 20 * k**3 * len(group.parts())) + 4 * k * k * n * (
-            1 + recipe.refine
-        )
+        factors = 20 * k**3 * len(group.parts())
+        total += 3 * (4 * k * k * min(n, 3 * MOST_ROWS) + factors) + 4 * k * k * n * (1 + recipe.refine)
         total += 2 * k * k * tokens + 2 * k * n * tokens * 5
         total += 2 * k * n * recipe.windows * recipe.seqlen * 2 * recipe.trains
         if recipe.correction:
