@@ -11,6 +11,7 @@ from bq_kernels import reference
 from bq_kernels.format import FormatError, QuantConfig
 from bq_kernels.prepared import PreparedWeights, prepare_weights, prepared_experts
 from torch.nn import Parameter
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -18,8 +19,14 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from .backend import select_backend
 from .linear import check_shard
 
-SHARDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # vLLM's names of an expert's layers
+SHARDS = ("w1", "w3", "w2")  # vLLM's names of an expert's gate, up and down
 PAIR, DOWN = "w13", "w2"  # of the parameters that hold gate and up, and down
+
+
+def layer_names(module: str) -> dict[str, str]:
+    """By vLLM's names, those of an expert's layers in the checkpoint: the model's own."""
+    own = SHARDS if module.endswith("block_sparse_moe.experts") else ("gate_proj", "up_proj", "down_proj")  # Mixtral's
+    return dict(zip(SHARDS, own, strict=True))
 
 
 def load_expert(
@@ -40,16 +47,19 @@ def load_expert(
     local = layer._map_global_expert_id_to_local_expert_id(expert_id)
     if local == -1:
         return False if return_success else None
-    module = f"{method.module}.{expert_id}.{SHARDS[shard_id]}"
+    module = f"{method.module}.{expert_id}.{method.names[shard_id]}"
     rows, columns = layer.butterfly_shapes[shard_id]
     method.config.tensors(module, columns, rows)[suffix].check(f"{module}.{suffix}", loaded_weight)
     name = DOWN if shard_id == "w2" else PAIR
     if suffix == "angles":
         blocks = len(param)
-        own = loaded_weight.narrow(0, rank * blocks if len(loaded_weight) > blocks else 0, blocks).to(param.device)
-        if not param.data.isnan().any() and not torch.equal(param.data, own):
+        # vLLM's reload counts copies until a layer is whole, at first into parameters on the meta device: so the angles
+        # are copied once, and compared with those that came first
+        first = layer.butterfly_angles.setdefault(name, loaded_weight)
+        if not torch.equal(first, loaded_weight):
             raise FormatError(f"{module}.angles differs from those of other experts, which share one rotation")
-        param.data.copy_(own)
+        if first is loaded_weight:
+            param.data.copy_(first.narrow(0, rank * blocks if len(first) > blocks else 0, blocks))
     elif shard_id == "w2":  # cut by columns, but for one scale per row
         width = param.shape[2]
         whole = loaded_weight.shape[1] == width
@@ -73,6 +83,11 @@ class StoredExperts:
     config: QuantConfig
     module: str
 
+    @property
+    def names(self) -> dict[str, str]:
+        """See `layer_names`."""
+        return layer_names(self.module)
+
     def create_weights(
         self,
         layer: torch.nn.Module,
@@ -94,12 +109,12 @@ class StoredExperts:
         width = intermediate_size_per_partition
         whole = width * layer.moe_config.tp_size
         layer.butterfly_shapes = dict.fromkeys(("w1", "w3"), (whole, hidden_size)) | {"w2": (hidden_size, whole)}
-        layer.butterfly_loaded = set()
-        check_shard(f"{self.module}.0.down_proj", self.config, whole, width)
+        layer.butterfly_loaded, layer.butterfly_angles = set(), {}
+        check_shard(f"{self.module}.0.{self.names['w2']}", self.config, whole, width)
         loader = MethodType(load_expert, layer)
         for name, last, rows, columns in (
-            (PAIR, "gate_proj", 2 * width, hidden_size),
-            (DOWN, "down_proj", hidden_size, width),
+            (PAIR, self.names["w1"], 2 * width, hidden_size),
+            (DOWN, self.names["w2"], hidden_size, width),
         ):
             for suffix, spec in self.config.tensors(f"{self.module}.0.{last}", columns, rows).items():
                 shape = spec.shape if suffix == "angles" else (num_experts, *spec.shape)
@@ -110,12 +125,13 @@ class StoredExperts:
 
     def _finish_loading(self, layer: torch.nn.Module) -> None:
         """Refuse missing tensors."""
+        layer.butterfly_angles.clear()
         loaded = layer.butterfly_loaded
         if not loaded and bool(
             layer.w13_scales.isfinite().all()
         ):  # dummy weights are finite, unlike create_weights' NaN
             return
-        for shard_id, last in SHARDS.items():
+        for shard_id, last in self.names.items():
             name = DOWN if shard_id == "w2" else PAIR
             rows, columns = layer.butterfly_shapes[shard_id]
             for suffix, spec in self.config.tensors(f"{self.module}.0.{last}", columns, rows).items():
@@ -131,7 +147,7 @@ class StoredExperts:
         """The weights of all experts in the checkpoint's layout, the arguments of `dense_weight` and `prepare_weights`;
         their parameters are taken out of the layer.
         """
-        last = "down_proj" if name == DOWN else "gate_proj"
+        last = self.names["w2" if name == DOWN else "w1"]
         kind, block = self.config.rotation.kind, self.config.rotation.block(last)
         stored = {
             suffix: getattr(layer, f"{name}_{suffix}").data
@@ -182,10 +198,19 @@ class PackedExpertsMethod(StoredExperts, FusedMoEMethodBase):
         module: name of the experts in the checkpoint.
         moe: vLLM's description of them.
         backend: `triton` or `reference`.
+
+    Raises:
+        FormatError: if vLLM would put adapters beside the experts.
     """
 
     def __init__(self, config: QuantConfig, module: str, moe: FusedMoEConfig, backend: str) -> None:
         FusedMoEMethodBase.__init__(self, moe)
+        engine = get_current_vllm_config_or_none()
+        if engine and engine.lora_config and engine.lora_config.target_modules is None:
+            raise FormatError(
+                f"{module}: packed experts take no LoRA adapters; name the layers that may have some: "
+                "--lora-target-modules qkv_proj o_proj"
+            )
         self.config, self.module, self.backend = config, module, backend
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:

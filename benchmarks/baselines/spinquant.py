@@ -93,7 +93,7 @@ class Basis(nn.Module):
 
 def _input_groups(source: SourceModel, layer: nn.Module) -> Iterator[tuple[InputGroup, dict[str, nn.Linear]]]:
     """Linear layers of a decoder layer of any model of this architecture, by the input that they share."""
-    for group in source.groups:
+    for group in source.groups[0]:
         yield group, {name: layer.get_submodule(name) for name in group.layers}
 
 

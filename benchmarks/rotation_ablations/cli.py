@@ -111,7 +111,7 @@ def main(
     ends = sorted({samples, *(setting.samples for setting in settings.values() if setting.samples)})
     indices = [int(index) for index in blocks.split(",")]
     with Progress() as progress:
-        task = progress.add_task("settings", total=len(settings) * len(indices) * len(source.groups))
+        task = progress.add_task("settings", total=len(settings) * len(indices) * len(source.groups[0]))
         for layers in layer_stats(source, tokens, ends, indices, progress):
             for key, setting in settings.items():
                 measured[key].append(measure_or_load(layers, setting, bits, group_size, out))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import UserError
 
-if TYPE_CHECKING:  # commands read the flags before they load transformers
-    from transformers import PreTrainedConfig
+if TYPE_CHECKING:  # commands read the flags before they load torch and transformers
+    from torch import nn
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -42,53 +44,85 @@ class InputGroup:
         cuts = range(0, len(self.layers), count)
         return tuple(InputGroup(self.layers[i : i + count], self.row_parallel) for i in cuts)
 
-    def of_experts(self, experts: int) -> InputGroup:
-        """The group of a model with so many experts: `*` replaced by their numbers."""
-        if "*" not in self.layers[0]:
+    def of_experts(self, modules: Mapping[str, nn.Module]) -> InputGroup:
+        """The group in a decoder layer with these modules: `*` replaced by the numbers of experts, if it has any."""
+        stacked = modules.get(self.layers[0].partition(".*.")[0])
+        if "*" not in self.layers[0] or stacked is None:
             return self
-        layers = tuple(layer.replace("*", str(expert)) for expert in range(experts) for layer in self.layers)
-        return dataclasses.replace(self, layers=layers, experts=experts)
+        layers = tuple(layer.replace("*", str(expert)) for expert in range(len(stacked)) for layer in self.layers)
+        return dataclasses.replace(self, layers=layers, experts=len(stacked))
 
 
-_SEPARATE = (
+# what a decoder layer is put together of; groups stand in the order in which it computes them
+Groups = tuple[InputGroup, ...]
+_ATTENTION: Groups = (
     InputGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), row_parallel=False),
     InputGroup(("self_attn.o_proj",), row_parallel=True),
-    InputGroup(("mlp.gate_proj", "mlp.up_proj"), row_parallel=False),
-    InputGroup(("mlp.down_proj",), row_parallel=True),
 )
-_FUSED = (
+_FUSED: Groups = (
     InputGroup(("self_attn.qkv_proj",), row_parallel=False),
     InputGroup(("self_attn.o_proj",), row_parallel=True),
     InputGroup(("mlp.gate_up_proj",), row_parallel=False),
     InputGroup(("mlp.down_proj",), row_parallel=True),
 )
-_EXPERTS = (
-    *_SEPARATE[:2],
-    InputGroup(("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), row_parallel=False),
-    InputGroup(("mlp.experts.*.down_proj",), row_parallel=True),
+# multi-head latent attention: queries, keys and values behind low-rank layers; small models have the queries directly
+_LATENT: Groups = (
+    InputGroup(("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), row_parallel=False),
+    InputGroup(("self_attn.q_b_proj",), row_parallel=False),
+    InputGroup(("self_attn.kv_b_proj",), row_parallel=False),
+    InputGroup(("self_attn.o_proj",), row_parallel=True),
 )
-_SHARED_EXPERT = (
-    InputGroup(("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), row_parallel=False),
-    InputGroup(("mlp.shared_expert.down_proj",), row_parallel=True),
+_LATENT_KEYS: Groups = (
+    InputGroup(("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa"), row_parallel=False),
+    *_LATENT[2:],
 )
 
-# model_type of config.json -> groups, in the order in which a block computes them
-ARCHITECTURES: dict[str, tuple[InputGroup, ...]] = {
-    "llama": _SEPARATE,
-    "mistral": _SEPARATE,
-    "qwen2": _SEPARATE,
-    "qwen3": _SEPARATE,
-    "gemma3_text": _SEPARATE,
-    "phi3": _FUSED,
-    # mixtures of experts; routers stay as they are
-    "olmoe": _EXPERTS,
-    "qwen2_moe": (*_EXPERTS, *_SHARED_EXPERT),
-    "qwen3_moe": _EXPERTS,
-    # multimodal: groups of the text decoder's blocks
-    "gemma3": _SEPARATE,
-    "mistral3": _SEPARATE,
-    "qwen2_5_vl": _SEPARATE,
-    "qwen3_vl": _SEPARATE,
+
+def _experts(module: str = "mlp.experts", names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")) -> Groups:
+    """Experts as the model's files call them, and their gate, up and down."""
+    gate, up, down = names
+    return (
+        InputGroup((f"{module}.*.{gate}", f"{module}.*.{up}"), row_parallel=False),
+        InputGroup((f"{module}.*.{down}",), row_parallel=True),
+    )
+
+
+def _feed_forward(module: str) -> Groups:
+    """An MLP of that name, or an expert that reads all tokens."""
+    return (
+        InputGroup((f"{module}.gate_proj", f"{module}.up_proj"), row_parallel=False),
+        InputGroup((f"{module}.down_proj",), row_parallel=True),
+    )
+
+
+_DENSE = (_ATTENTION + _feed_forward("mlp"),)
+_MIXTURE = (_ATTENTION + _experts(), *_DENSE)  # the config may leave out the experts of some layers
+_DEEPSEEK = tuple(
+    attention + rest
+    for attention in (_LATENT, _LATENT_KEYS)
+    for rest in (_experts() + _feed_forward("mlp.shared_experts"), _feed_forward("mlp"))
+)
+
+# model_type of config.json -> the kinds of decoder layers that the model may have; routers stay as they are
+ARCHITECTURES: dict[str, tuple[Groups, ...]] = {
+    "llama": _DENSE,
+    "mistral": _DENSE,
+    "qwen2": _DENSE,
+    "qwen3": _DENSE,
+    "gemma3_text": _DENSE,
+    "phi3": (_FUSED,),
+    # mixtures of experts
+    "mixtral": (_ATTENTION + _experts("block_sparse_moe.experts", ("w1", "w3", "w2")),),
+    "olmoe": _MIXTURE,
+    "qwen2_moe": (_ATTENTION + _experts() + _feed_forward("mlp.shared_expert"), *_DENSE),
+    "qwen3_moe": _MIXTURE,
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    # multimodal: layers of the text decoder
+    "gemma3": _DENSE,
+    "mistral3": _DENSE,
+    "qwen2_5_vl": _DENSE,
+    "qwen3_vl": _DENSE,
 }
 # those of them that take pictures: the text decoder is quantized, vision tower and projector stay as they are
 MULTIMODAL = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl")
@@ -107,12 +141,36 @@ def check_architecture(model_type: object) -> None:
         )
 
 
-def input_groups(config: PreTrainedConfig) -> tuple[InputGroup, ...]:
-    """Input groups of a decoder block of the model of a config.
+def expert_layers(model_type: str) -> tuple[str, tuple[str, str, str]] | None:
+    """Experts as the model's files call them: their module in a decoder layer, and an expert's gate, up and down.
+
+    None for an architecture without experts.
+    """
+    names = [layer for groups in ARCHITECTURES.get(model_type, ()) for group in groups for layer in group.layers]
+    found = dict.fromkeys(name for name in names if "*" in name)
+    if not found:
+        return None
+    gate, up, down = (name.rsplit(".", 1)[-1] for name in found)
+    return next(iter(found)).partition(".*.")[0], (gate, up, down)
+
+
+def input_groups(model: PreTrainedModel) -> list[Groups]:
+    """Input groups of every decoder layer of a model, which may be empty.
 
     Raises:
-        UserError: if the architecture is not in the table.
+        UserError: if the architecture is not in the table, or a layer is of no kind that is known of it.
     """
-    check_architecture(config.model_type)
-    experts = getattr(config.get_text_config(), "num_experts", 0)
-    return tuple(group.of_experts(experts) for group in ARCHITECTURES[config.model_type])
+    kind = model.config.model_type
+    check_architecture(kind)
+    return [_groups_of(layer, kind, index) for index, layer in enumerate(model.get_decoder().layers)]
+
+
+def _groups_of(layer: nn.Module, model_type: str, index: int) -> Groups:
+    there, missing = dict(layer.named_modules()), []
+    for groups in ARCHITECTURES[model_type]:
+        groups = tuple(group.of_experts(there) for group in groups)
+        absent = [name for group in groups for name in group.layers if name not in there]
+        if not absent:
+            return groups
+        missing.append(absent[0])
+    raise UserError(f"decoder layer {index} of a {model_type} model has no {' and no '.join(dict.fromkeys(missing))}")

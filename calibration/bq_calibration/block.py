@@ -146,6 +146,10 @@ class Block:
         groups = self.groups if group is None else (group,)
         return {name: self.linear(name) for each in groups for name in each.layers}
 
+    def weights(self) -> int:
+        """Number of weights of its linear layers."""
+        return sum(layer.in_features * layer.out_features for layer in self.linears().values())
+
     def other_linears(self) -> tuple[str, ...]:
         """Names of modules with a matrix that belong to no group: routers, which stay unquantized."""
         packed = self.linears()

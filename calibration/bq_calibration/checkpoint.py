@@ -42,12 +42,11 @@ def read_config(folder: Path) -> tuple[dict[str, Any], QuantConfig]:
 def quantized_layers(model: PreTrainedModel, config: QuantConfig) -> dict[str, tuple[nn.Linear, InputGroup]]:
     """The linear layers of a (possibly empty) model that are stored packed, by full name, with their input group."""
     layers, decoder = {}, decoder_name(model)
-    for group in input_groups(model.config):
-        for index in range(len(model.get_submodule(decoder).layers)):
-            for name in group.layers:
-                full = f"{decoder}.layers.{index}.{name}"
-                if not config.skips(full):
-                    layers[full] = (model.get_submodule(full), group)
+    for index, groups in enumerate(input_groups(model)):
+        for group in groups:
+            for name in (f"{decoder}.layers.{index}.{layer}" for layer in group.layers):
+                if not config.skips(name):
+                    layers[name] = (model.get_submodule(name), group)
     return layers
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from .architecture import expert_layers
 
 
 class Expert(nn.Module):
@@ -12,20 +15,21 @@ class Expert(nn.Module):
     Args:
         hidden: features of its input and output.
         width: features between its layers.
+        names: of its gate, up and down.
         act: activation function.
         like: gives dtype and device of its weights.
     """
 
-    def __init__(self, hidden: int, width: int, act: nn.Module, like: torch.Tensor):
+    def __init__(self, hidden: int, width: int, names: tuple[str, str, str], act: nn.Module, like: torch.Tensor):
         super().__init__()
-        options = {"bias": False, "dtype": like.dtype, "device": like.device}
-        self.gate_proj, self.up_proj = nn.Linear(hidden, width, **options), nn.Linear(hidden, width, **options)
-        self.down_proj = nn.Linear(width, hidden, **options)
-        self.act = act
+        self.names, self.act = names, act
+        for name, features in zip(names, ((hidden, width), (hidden, width), (width, hidden)), strict=True):
+            self.add_module(name, nn.Linear(*features, bias=False, dtype=like.dtype, device=like.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] to the same."""
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up, down = (getattr(self, name) for name in self.names)
+        return down(self.act(gate(x)) * up(x))
 
 
 class Experts(nn.ModuleList):
@@ -34,11 +38,12 @@ class Experts(nn.ModuleList):
     Args:
         stacked: that module, with weights `gate_up_proj` [experts, 2·width, hidden] and `down_proj`
             [experts, hidden, width]; only their shapes are taken over.
+        names: of an expert's gate, up and down.
     """
 
-    def __init__(self, stacked: nn.Module):
+    def __init__(self, stacked: nn.Module, names: tuple[str, str, str]):
         count, hidden, width = stacked.down_proj.shape
-        super().__init__(Expert(hidden, width, stacked.act_fn, stacked.down_proj) for _ in range(count))
+        super().__init__(Expert(hidden, width, names, stacked.act_fn, stacked.down_proj) for _ in range(count))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -61,9 +66,23 @@ class Experts(nn.ModuleList):
         return out
 
 
-def split_experts(model: nn.Module) -> None:
-    """Put `Experts` in place of all modules of a model that stack the weights of experts."""
-    for name, module in list(model.named_modules()):
-        stacked = [getattr(module, weight, None) for weight in ("gate_up_proj", "down_proj")]
-        if all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in stacked):
-            model.set_submodule(name, Experts(module))
+def split_experts(model: PreTrainedModel) -> None:
+    """Put `Experts` in place of all modules of a model that stack the weights of experts, called as in its files."""
+    known = expert_layers(model.config.model_type)
+    if known is None:
+        return
+    path, names = known
+    for layer in model.get_decoder().layers:
+        for name, module in list(layer.named_modules()):
+            stacked = [getattr(module, weight, None) for weight in ("gate_up_proj", "down_proj")]
+            if all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in stacked):
+                layer.set_submodule(name, Experts(module, names))
+                _rename(layer, name.split(".")[0], path.split(".")[0])
+
+
+def _rename(layer: nn.Module, old: str, new: str) -> None:
+    """Call a child of a layer otherwise; the layer's own code still finds it under its old name."""
+    if old != new:
+        child = layer._modules.pop(old)
+        layer.add_module(new, child)
+        layer.__dict__[old] = child

@@ -16,6 +16,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .architecture import expert_layers
 from .checkpoint import verify
 from .errors import UserError
 from .experts import split_experts
@@ -61,10 +62,15 @@ class ButterflyHfQuantizer(HfQuantizer):
             )
         config: QuantConfig = self.quantization_config.parsed
         self._dtype = model.get_input_embeddings().weight.dtype
+        self._mixture = expert_layers(model.config.model_type) is not None
         split_experts(model)
         pack(model, config)
         # float16 values of the format stay exact in a bfloat16 model
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "scales", "zeros", "angles"}
+
+    def update_weight_conversions(self, weight_conversions):
+        """None for a mixture of experts: its modules are called as in files, no weights are stacked."""
+        return [] if self._mixture else super().update_weight_conversions(weight_conversions)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         # with a quantizer transformers leaves tensors that files call otherwise than the model in their stored dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -68,6 +69,7 @@ class SourceModel:
         unquantized_dtype: `auto` or `source`, see `kept_dtype`.
 
     Attributes:
+        groups: input groups of every decoder layer.
         first_linear: name of the first linear layer's weight.
         stored_dtype: of that weight, the model's main dtype.
         dtype: of weights and activations in memory.
@@ -90,13 +92,12 @@ class SourceModel:
         with explain(f"{self.folder / 'config.json'}: transformers cannot read it"):
             self.config = AutoConfig.from_pretrained(self.folder)
             self.skeleton = empty_model(self.config)
-        self.text_config, self.groups = self.config.get_text_config(), input_groups(self.config)
-        self._check_layers()
+        self.text_config, self.groups = self.config.get_text_config(), input_groups(self.skeleton)
         self.decoder_name, self.other_parts = decoder_name(self.skeleton), other_parts(self.skeleton)
         self.decoder = self.skeleton.get_submodule(self.decoder_name)
         self._replaced: dict[str, torch.Tensor] = {}
         self._match_names()
-        self.first_linear = f"{self.block_prefix(0)}{self.groups[0].layers[0]}.weight"
+        self.first_linear = f"{self.block_prefix(0)}{self.groups[0][0].layers[0]}.weight"
         self.stored_dtype = self.store.dtype(self.first_linear)
         # a CPU is measured: the first process does it for all
         self.compute = parallel.from_first(lambda: compute_dtypes(compute_dtype, self.stored_dtype, device))
@@ -108,17 +109,6 @@ class SourceModel:
                 module._buffers[name] = buffer.to(device) if buffer is not None else None
         self.num_blocks = len(self.decoder.layers)
         self._kwargs: list[dict[str, Any]] = [{} for _ in self.decoder.layers]
-
-    def _check_layers(self) -> None:
-        """Refuse a model whose decoder layers differ: some with experts, some without."""
-        wanted = [name for group in self.groups for name in group.layers]
-        for index, layer in enumerate(self.skeleton.get_decoder().layers):
-            there = {name for name, _ in layer.named_modules()}
-            if missing := [name for name in wanted if name not in there]:
-                raise UserError(
-                    f"{self.folder}: decoder layer {index} has no {missing[0]}; models whose decoder layers differ are "
-                    "not supported"
-                )
 
     def _match_names(self) -> None:
         """Call stored tensors as the model does, drop stale ones, and refuse a model that is not whole.
@@ -171,10 +161,11 @@ class SourceModel:
         """Dtype in which the checkpoint holds a tensor that is not quantized.
 
         With `auto` that is bfloat16 where the source has 32 bits or more: embeddings of a 2-bit model in float32 would
-        be most of its bytes.
+        be most of its bytes. A vector of more bits than the linear layers has them for a reason (a router's bias).
         """
         stored = self.store.dtype(name)
         wide = self.unquantized_dtype == "auto" and stored.itemsize > 2 and stored.is_floating_point
+        wide = wide and (stored == self.stored_dtype or len(self.store.shape(name)) > 1)
         return torch.bfloat16 if wide else stored
 
     def tokenizer(self):
@@ -222,6 +213,12 @@ class SourceModel:
         return f"{self.decoder_name}.layers.{index}."
 
     @cached_property
+    def linear_weights(self) -> frozenset[str]:
+        """Full names of the weights of all linear layers of the decoder that are in a group."""
+        names = ((index, name) for index, groups in enumerate(self.groups) for group in groups for name in group.layers)
+        return frozenset(f"{self.block_prefix(index)}{name}.weight" for index, name in names)
+
+    @cached_property
     def embedding_names(self) -> tuple[str, ...]:
         """Full names of the embedding and the LM head; of the embedding alone, where the head is tied to it.
 
@@ -241,7 +238,12 @@ class SourceModel:
     def empty_block(self, index: int) -> Block:
         """Decoder layer `index` without weights: for names and shapes."""
         prefix = self.block_prefix(index)
-        return Block(index, prefix, self.decoder.layers[index], self.groups, self._kwargs[index])
+        return Block(index, prefix, self.decoder.layers[index], self.groups[index], self._kwargs[index])
+
+    def kinds(self) -> list[tuple[Block, int]]:
+        """Decoder layers of the same linear layers as one: an empty block, and the number of such layers."""
+        counts = Counter(self.groups)
+        return [(self.empty_block(self.groups.index(groups)), count) for groups, count in counts.items()]
 
     @contextmanager
     def block(self, index: int) -> Iterator[Block]:

@@ -206,21 +206,22 @@ class Calibration:
 
     def _format(self) -> QuantConfig:
         """The checkpoint's format, checked against the shapes of the model's layers."""
-        block = self.source.empty_block(0)
+        blocks = [block for block, _ in self.source.kinds()]
         embeddings = packed_embeddings(self.recipe, self.source.embedding_names, self.source.name)
         if embeddings and tied_head(self.source.skeleton) and len(self.source.embedding_names) == 2:
             raise UserError(
                 f"{self.source.folder}: config.json ties the LM head to the embedding, but lm_head.weight differs from "
                 "it; set tie_word_embeddings to false"
             )
-        if self.recipe.target_bpw is not None and any(group.experts for group in block.groups):
+        widths = {group: block.in_features(group) for block in blocks for group in block.groups}
+        if self.recipe.target_bpw is not None and any(group.experts for group in widths):
             raise UserError("--target-bpw: a mixture of experts has the same bits everywhere; use --bits")
-        widths = {group: block.in_features(group) for group in block.groups}
         config = quant_config(self.recipe, widths, embeddings)
-        kept = (*config.modules_to_not_convert, *block.other_linears(), *self.source.other_parts)
+        others = dict.fromkeys(name for block in blocks for name in block.other_linears())
+        kept = (*config.modules_to_not_convert, *others, *self.source.other_parts)
         config = dataclasses.replace(config, modules_to_not_convert=kept)
         try:
-            for name, layer in block.linears().items():
+            for name, layer in [item for block in blocks for item in block.linears().items()]:
                 config.tensors(name, layer.in_features, layer.out_features)
         except FormatError as error:
             raise UserError(str(error)) from error

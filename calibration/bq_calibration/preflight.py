@@ -129,38 +129,44 @@ def plan(source: SourceModel, config: QuantConfig, recipe: Recipe, memory_budget
     Raises:
         UserError: if it does not fit into `memory_budget` bytes.
     """
-    block, count = source.empty_block(0), source.num_blocks
-    packed = shared = weights = features = 0  # of one block
-    for group in block.groups:
-        for name, layer in block.linears(group).items():
-            sizes = _stored_bytes(config, block.prefix + name, layer.out_features, layer.in_features)
-            packed += sum(sizes.values())
-            shared += sizes.get("angles", 0) if name != group.layers[0] else 0
-            weights += layer.in_features * layer.out_features
-            features += layer.in_features + layer.out_features
-    linears = {f"{source.block_prefix(i)}{name}.weight" for i in range(count) for name in block.linears()}
-    shapes = {name: source.store.shape(name) for name in source.store.names() if name not in linears}
+    packed = shared = weights = 0
+    for block, count in source.kinds():
+        stored, again = _layer_bytes(block, config)
+        packed, shared, weights = packed + count * stored, shared + count * again, weights + count * block.weights()
+    shapes = {name: source.store.shape(name) for name in source.store.names() if name not in source.linear_weights}
     embeddings = {name: shapes.pop(f"{name}.weight") for name in source.embedding_names if config.packs(name)}
     if embeddings and len(source.embedding_names) == 1:
         shapes.pop(f"{HEAD}.weight", None)
     rest = sum(math.prod(shape) * source.kept_dtype(name).itemsize for name, shape in shapes.items())
     tables = sum(sum(_stored_bytes(config, name, *shape).values()) for name, shape in embeddings.items())
-    everything = weights * count + sum(map(math.prod, [*shapes.values(), *embeddings.values()]))
+    everything = weights + sum(map(math.prod, [*shapes.values(), *embeddings.values()]))
     bits = recipe.target_bpw or 8 * (packed - shared) / weights
-    layers = int(bits * weights * count / 8) + shared * count
+    layers = int(bits * weights / 8) + shared
     checkpoint = layers + tables + rest
-    counts = weights * count, sum(map(math.prod, embeddings.values()))
+    counts = weights, sum(map(math.prod, embeddings.values()))
     return Plan(
         bits,
         8 * checkpoint / everything,
         checkpoint,
         _disk(source, config, recipe, checkpoint, layers + tables, *counts),
         max(
-            _memory(source, recipe, weights, features, memory_budget),
+            _memory(source, recipe, memory_budget),
             _embedding_memory(source, recipe, embeddings),
         ),
-        _operations(block, recipe, count) + _embedding_operations(recipe, weights * count, embeddings),
+        sum(count * _operations(block, recipe) for block, count in source.kinds())
+        + _embedding_operations(recipe, weights, embeddings),
     )
+
+
+def _layer_bytes(block: Block, config: QuantConfig) -> tuple[int, int]:
+    """Bytes of the packed linear layers of a decoder layer; and those of them that are angles once more."""
+    stored = again = 0
+    for group in block.groups:
+        for name, layer in block.linears(group).items():
+            sizes = _stored_bytes(config, block.prefix + name, layer.out_features, layer.in_features)
+            stored += sum(sizes.values())
+            again += sizes.get("angles", 0) if name != group.layers[0] else 0
+    return stored, again
 
 
 def _stored_bytes(config: QuantConfig, name: str, rows: int, columns: int) -> dict[str, int]:
@@ -201,20 +207,15 @@ def _disk(
     return needed
 
 
-def _memory(source: SourceModel, recipe: Recipe, weights: int, features: int, budget: int) -> int:
+def _memory(source: SourceModel, recipe: Recipe, budget: int) -> int:
     """Memory of rounding and block-wise training, or of end-to-end training where that takes more.
 
     Raises:
         UserError: if it is more than the budget.
     """
-    item = source.dtype.itemsize
-    block = source.empty_block(0)
-    widest = max(block.in_features(group) for group in block.groups)
     corrects = bool(recipe.correction)
     states = _states(source, recipe) * (1 + bool(recipe.block_tokens or corrects) + corrects) // parallel.size()
-    layer = (18 if recipe.block_tokens else 10 + item * corrects) * weights
-    layer += 40 * widest**2 + TOKENS_PER_BATCH * features * item
-    layer += max(4 * group.experts * block.in_features(group) ** 2 for group in block.groups)  # a Hessian per expert
+    layer = max(_layer_memory(block, recipe, source.dtype.itemsize) for block, _ in source.kinds())
     blocks = PROCESS + states + layer
     if blocks > budget:
         raise UserError(
@@ -224,6 +225,15 @@ def _memory(source: SourceModel, recipe: Recipe, weights: int, features: int, bu
     if not recipe.train_tokens:
         return blocks
     return max(blocks, training_plan(source, recipe, budget).memory_bytes)
+
+
+def _layer_memory(block: Block, recipe: Recipe, item: int) -> int:
+    """Memory of rounding and block-wise training of a decoder layer; `item` bytes per value of its 16-bit weights."""
+    widest = max(block.in_features(group) for group in block.groups)
+    features = sum(layer.in_features + layer.out_features for layer in block.linears().values())
+    layer = (18 if recipe.block_tokens else 10 + item * bool(recipe.correction)) * block.weights()
+    layer += 40 * widest**2 + TOKENS_PER_BATCH * features * item
+    return layer + max(4 * group.experts * block.in_features(group) ** 2 for group in block.groups)  # expert's Hessian
 
 
 def _embedding_memory(source: SourceModel, recipe: Recipe, embeddings: dict[str, tuple[int, int]]) -> int:
@@ -238,8 +248,8 @@ def _embedding_operations(recipe: Recipe, weights: int, embeddings: dict[str, tu
     return rounding + (2 * weights * recipe.samples * recipe.seqlen if embeddings else 0)
 
 
-def _operations(block: Block, recipe: Recipe, count: int) -> float:
-    """Rounding in up to three bases, refinement, passes through the layers, training, learning the angles."""
+def _operations(block: Block, recipe: Recipe) -> float:
+    """Of a decoder layer: rounding in up to three bases, refinement, passes, training, learning the angles."""
     total = 0.0
     for group in block.groups:
         k = block.in_features(group)
@@ -254,4 +264,4 @@ def _operations(block: Block, recipe: Recipe, count: int) -> float:
         total += 10 * k * n * (recipe.block_tokens + recipe.train_tokens)
         if recipe.rotation == "butterfly":
             total += recipe.steps * 6 * MOST_ROWS * k * k
-    return total * count
+    return total

@@ -170,7 +170,7 @@ class Student(Trainable):
         self.decoder.load_state_dict({name: t.float() for name, t in kept.items()}, assign=True, strict=False)
         self.decoder.requires_grad_(False)
         blocks = [
-            Block(index, source.block_prefix(index), layer, source.groups, {})
+            Block(index, source.block_prefix(index), layer, source.groups[index], {})
             for index, layer in enumerate(self.decoder.layers)
         ]
         if recompute:
@@ -199,11 +199,7 @@ class Student(Trainable):
         return tables.get(self.source.embedding_names[-1], self.original_head)
 
     def _is_packed(self, name: str) -> bool:
-        if self.config.packs(name.removesuffix(".weight")):
-            return True
-        return name.startswith(f"{self.source.decoder_name}.layers.") and any(
-            name.endswith(layer + ".weight") for group in self.source.groups for layer in group.layers
-        )
+        return self.config.packs(name.removesuffix(".weight")) or name in self.source.linear_weights
 
     def _shard(self, module: nn.Module) -> None:
         if self.train_codes and parallel.size() > 1:

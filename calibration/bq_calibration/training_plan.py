@@ -11,6 +11,7 @@ import torch
 from bq_kernels.format import BITS
 
 from . import parallel
+from .block import Block
 from .errors import UserError
 from .model import SourceModel
 from .recipes import Recipe
@@ -104,10 +105,9 @@ def training_plan(source: SourceModel, recipe: Recipe, budget: int) -> TrainingP
     )
 
 
-def _features_per_token(source: SourceModel) -> float:
+def _features_per_token(block: Block, source: SourceModel) -> float:
     """Inputs and outputs of the linear layers that a token meets in a decoder layer: of experts, only its own."""
-    block, chosen = source.empty_block(0), getattr(source.text_config, "num_experts_per_tok", 0)
-    total = 0.0
+    chosen, total = getattr(source.text_config, "num_experts_per_tok", 0), 0.0
     for group in block.groups:
         share = chosen / group.experts if group.experts else 1.0
         total += share * sum(layer.in_features + layer.out_features for layer in block.linears(group).values())
@@ -116,9 +116,10 @@ def _features_per_token(source: SourceModel) -> float:
 
 def _memory(source: SourceModel, recipe: Recipe, plan: TrainingPlan, states: int) -> int:
     """Bytes that training takes at its peak, about."""
-    linears = source.empty_block(0).linears().values()
-    weights = sum(layer.in_features * layer.out_features for layer in linears)
-    features = _features_per_token(source)
+    kinds = source.kinds()
+    weights_of = [block.weights() for block, _ in kinds]
+    features_of = [_features_per_token(block, source) for block, _ in kinds]
+    weights, whole_weights = max(weights_of), sum(w * count for w, (_, count) in zip(weights_of, kinds, strict=True))
     group = recipe.group_size if recipe.group_size > 0 else source.text_config.hidden_size
     per_weight = PER_GROUP / group
     latent, gradient, moments = CODES[plan.optimizer_bits]
@@ -132,14 +133,15 @@ def _memory(source: SourceModel, recipe: Recipe, plan: TrainingPlan, states: int
     item = source.training_dtype.itemsize
     # while a layer is at work: its weight rounded, in training dtype and float32, and its gradient
     at_work = weights * (4 + item + (gradient if recipe.train_codes else 4))
-    kept_weights = item * weights * source.num_blocks if recipe.train_codes and not plan.recompute else 0
+    kept_weights = item * whole_weights if recipe.train_codes and not plan.recompute else 0
     tokens = plan.micro_batch * recipe.seqlen
-    layers = 1 if plan.recompute else source.num_blocks
-    activations = tokens * int(PER_FEATURE * features * layers + 4 * source.text_config.hidden_size * source.num_blocks)
+    features = sum(f * count for f, (_, count) in zip(features_of, kinds, strict=True))
+    features = max(features_of) if plan.recompute else features
+    activations = tokens * int(PER_FEATURE * features + 4 * source.text_config.hidden_size * source.num_blocks)
     original = source.vocabulary * source.text_config.hidden_size * (4 + item)  # embedding and LM head
-    teacher = 0 if plan.stores_teacher else source.dtype.itemsize * weights * source.num_blocks + original
+    teacher = 0 if plan.stores_teacher else source.dtype.itemsize * whole_weights + original
     logits = LOGITS if source.device.type == "cuda" else LOGITS // 64
-    whole = int(per_weight * weights * source.num_blocks) + kept_weights
+    whole = int(per_weight * whole_weights) + kept_weights
     tables = _tables(source, recipe)
     return PROCESS + whole + gathered + at_work + activations + tables + teacher + logits + states * plan.stores_teacher
 

@@ -22,6 +22,21 @@ SIZES = dict(
     pad_token_id=2,
 )
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2)
+LATENT = dict(  # the first layer is dense
+    q_lora_rank=64,
+    kv_lora_rank=512,  # with the 64 below the only size of latent attention that vLLM computes on a CPU
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=64,
+    v_head_dim=32,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    n_shared_experts=1,
+    moe_intermediate_size=64,
+    first_k_dense_replace=1,
+    routed_scaling_factor=1.5,
+)
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
     "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=32),
@@ -31,11 +46,20 @@ CONFIGS = {
         **SIZES, head_dim=32, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
     ),
     "phi3": lambda: transformers.Phi3Config(**SIZES),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **SIZES | dict(intermediate_size=64), num_local_experts=6, num_experts_per_tok=2
+    ),
     "olmoe": lambda: transformers.OlmoeConfig(**SIZES | dict(intermediate_size=64), **EXPERTS),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
-        **SIZES, **EXPERTS, moe_intermediate_size=64, shared_expert_intermediate_size=128
+        **SIZES, **EXPERTS, moe_intermediate_size=64, shared_expert_intermediate_size=128, mlp_only_layers=[0]
     ),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, moe_intermediate_size=64, head_dim=32),
+    "deepseek_v2": lambda: transformers.DeepseekV2Config(
+        **SIZES, **LATENT | dict(q_lora_rank=None), topk_method="group_limited_greedy"
+    ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **SIZES, **LATENT, topk_method="noaux_tc", scoring_func="sigmoid"
+    ),
 }
 # multimodal models: a picture of 32 x 32 pixels is 4 x 4 patches, of which 2 x 2 each become a token
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
@@ -124,7 +148,7 @@ def make_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = t
     kind = "ImageTextToText" if architecture in MULTIMODAL_CONFIGS else "CausalLM"
     model = getattr(transformers, f"AutoModelFor{kind}").from_config(config, dtype=dtype)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
             if parameter.dim() == 2 or name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj"):
                 parameter.normal_(std=0.5 if "embed" in name else 0.15)
             elif name.endswith("bias"):

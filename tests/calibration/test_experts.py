@@ -6,13 +6,15 @@ import shutil
 
 import pytest
 import torch
+from bq_calibration.architecture import input_groups
 from bq_calibration.block import InputStatistics
 from bq_calibration.checkpoint import verify
 from bq_calibration.errors import UserError
 from bq_calibration.experts import Experts
+from bq_calibration.skeleton import empty_model
 from bq_calibration.store import TensorStore
 
-from .conftest import make_model
+from .conftest import CONFIGS, make_model
 from .test_calibrate import run
 
 
@@ -25,7 +27,7 @@ def test_experts_compute_what_transformers_does(mixture):
     from transformers import AutoModelForCausalLM
 
     stacked = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32).model.layers[0].mlp.experts
-    experts = Experts(stacked)
+    experts = Experts(stacked, ("gate_proj", "up_proj", "down_proj"))
     for number, expert in enumerate(experts):
         gate, up = stacked.gate_up_proj[number].chunk(2)
         for layer, weight in zip(
@@ -83,22 +85,21 @@ def test_one_rotation_for_all_experts(mixture, tmp_path, text):
     assert "mlp.gate" in config["modules_to_not_convert"]
 
 
-@pytest.mark.parametrize(
-    ("edits", "settings", "message"),
-    [
-        ({"mlp_only_layers": [1]}, {}, "decoder layer 1 has no mlp.experts.0.gate_proj"),
-        ({}, {"target_bpw": 2.8}, "--target-bpw: a mixture of experts has the same bits everywhere"),
-    ],
-)
-def test_what_is_refused(mixture, tmp_path, text, edits, settings, message):
-    folder = shutil.copytree(mixture, tmp_path / "model")
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | edits))
-    with pytest.raises(UserError, match=message):
-        run(folder, tmp_path / "out", text, **settings)
+def test_bits_by_layer_are_refused(mixture, tmp_path, text):
+    with pytest.raises(UserError, match="--target-bpw: a mixture of experts has the same bits everywhere"):
+        run(mixture, tmp_path / "out", text, target_bpw=2.8)
+
+
+def test_a_layer_of_no_known_kind():
+    model = empty_model(CONFIGS["qwen3_moe"]())
+    del model.model.layers[1].mlp.experts[2].up_proj
+    with pytest.raises(
+        UserError, match=r"layer 1 of a qwen3_moe model has no mlp\.experts\.2\.up_proj and no mlp\.gate_"
+    ):
+        input_groups(model)
 
 
 def test_full_width_with_two_widths_of_one_name(tmp_path, text):
     model = make_model(tmp_path / "model", "qwen2_moe")
-    with pytest.raises(UserError, match="full: down_proj has 64 and 128 inputs"):
+    with pytest.raises(UserError, match="full: down_proj has 192 and 64 inputs"):
         run(model, tmp_path / "out", text, rotation_block=None)

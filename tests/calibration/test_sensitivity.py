@@ -34,7 +34,7 @@ def test_estimate_of_the_loss(architecture, tmp_path):
         return spread[bits] * torch.randn(weight.shape, generator=generator), hessian
 
     estimated = sensitivities(source, tokens, rounding_error, 0, Progress(disable=True))
-    assert len(estimated) == source.num_blocks * len(source.groups)
+    assert len(estimated) == source.num_blocks * len(source.groups[0])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = model(input_ids=tokens).logits.log_softmax(-1)

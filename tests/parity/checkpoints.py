@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from bq_calibration import calibrate
+from bq_calibration.architecture import expert_layers
 from safetensors.torch import load_file, save_file
 
 from ..calibration.conftest import CONFIGS, MULTIMODAL_CONFIGS, make_model, make_text
@@ -15,6 +16,9 @@ from .pairwise import Case
 
 # 384 = 2⁷·3 makes a composite rotation; wider models would take Triton's interpreter minutes
 WIDTHS = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2)
+# one width for all down projections of a mixture: else there is no full-width rotation
+MIXTURE = dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 128)
+LATENT = dict(q_lora_rank=128, num_key_value_heads=4)  # of multi-head latent attention
 ROTATIONS = {
     "blocks of 64": dict(rotation_block=64, init="random"),
     "full width": dict(rotation_block=None, init="random"),
@@ -39,8 +43,11 @@ def write_source(folder: Path, case: Case) -> Path:
     """Write the 16-bit model of a case."""
     architecture = architecture_of(case)
     config = (CONFIGS | MULTIMODAL_CONFIGS)[architecture]()
-    for name, value in WIDTHS.items():
-        setattr(config.get_text_config(), name, value)
+    widths = WIDTHS | (MIXTURE if expert_layers(architecture) else {})
+    widths |= LATENT if hasattr(config, "kv_lora_rank") else {}
+    for name, value in widths.items():
+        if getattr(config.get_text_config(), name, None) is not None:
+            setattr(config.get_text_config(), name, value)
     if architecture == "llama":
         config.tie_word_embeddings = case["architecture"] == "llama, tied head"
     vision = getattr(config, "vision_config", None)

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from .pairwise import Case, by_new_pairs, covering
 
 OFF, ON = "off", "on"
+MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+LATENT = MIXTURES[-2:]  # with multi-head latent attention
 FACTORS: dict[str, tuple] = {  # the first value of each is the one that most cases have
     "architecture": (
         *("llama", "llama, tied head", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"),
         *("gemma3", "qwen2_5_vl", "qwen3_vl", "mistral3"),  # text decoders of multimodal models
+        *MIXTURES,
     ),
     "bits": (2, 3, 4, "mixed"),
     "group": (64, 32, 128, "per channel"),
@@ -36,21 +39,31 @@ class Refusal:
         values: by factor.
         by: who refuses them.
         message: a part of the error's text.
+        ignored: whether there is no error, but a line that says so, and the values have no effect.
     """
 
     values: dict[str, object]
     by: str
     message: str
+    ignored: bool = False
 
 
 SHARDS = ("the plugin", "tensor parallel size 2 would cut")
 GEMMA_FLOAT16 = ("vLLM", "does not support float16")
+SAME_BITS = ("bq-calibrate", "a mixture of experts has the same bits everywhere")
+# without quantization too, wherever the adapters are: its experts then run in Triton
+ADAPTERS = ("vLLM's CPU build", "module 'triton.language' has no attribute 'float32'")
+ONE_PREFILL = ("vLLM's CPU build", "forcing chunked prefill and prefix caching to be disabled")
 REFUSALS = (
     Refusal({"rotation": "full width", "tensor parallel": 2}, *SHARDS),
     Refusal({"group": 128, "tensor parallel": 2}, *SHARDS),  # of 128 features
     Refusal({"architecture": "gemma3_text", "dtype": "float16"}, *GEMMA_FLOAT16),
     Refusal({"architecture": "gemma3", "dtype": "float16"}, *GEMMA_FLOAT16),
     Refusal({"sleep mode": ON}, "vLLM's CPU build", "Sleep mode is not supported on current platform"),
+    *(Refusal({"architecture": name, "bits": "mixed"}, *SAME_BITS) for name in MIXTURES),
+    *(Refusal({"architecture": name, "LoRA": ON}, *ADAPTERS) for name in MIXTURES),
+    *(Refusal({"architecture": name, "prefix caching": ON}, *ONE_PREFILL, True) for name in LATENT),
+    *(Refusal({"architecture": name, "chunked prefill": ON}, *ONE_PREFILL, True) for name in LATENT),
 )
 
 

@@ -10,7 +10,7 @@ from bq_kernels.format import FormatError
 
 pytest.importorskip("vllm")
 
-from bq_vllm.experts import SHARDS, PackedExpertsMethod
+from bq_vllm.experts import PackedExpertsMethod, layer_names
 
 from .engine import PROMPTS, run_engines
 from .test_engine import assert_same, expected
@@ -42,7 +42,7 @@ class Layer(torch.nn.Module):
 
     def load(self, tensors):
         """As vLLM's loader does it: by expert and shard."""
-        shards = {last: shard for shard, last in SHARDS.items()}
+        shards = {last: shard for shard, last in layer_names(MODULE).items()}
         for name, tensor in tensors.items():
             if name.startswith(MODULE):
                 expert, last, suffix = name.removeprefix(f"{MODULE}.").split(".")
@@ -132,13 +132,14 @@ def test_a_shard_that_would_cut_a_block():
 
 @pytest.mark.slow
 def test_engines(tmp_path):
-    """Dense and packed on one rank, two ranks, a reload, and an expert whose tensor is missing."""
+    """Dense and packed on one rank, two ranks, a reload, adapters, and an expert whose tensor is missing."""
     base = tiny.write_checkpoint(tmp_path / "base", experts=tiny.EXPERTS)
     config = tiny.quant_config(skip=("lm_head", "mlp.gate"), **FORMATS["3 bits, zeros"])
     other = tiny.write_checkpoint(tmp_path / "other", config, experts=tiny.EXPERTS, seed=1)
+    later = tiny.write_checkpoint(tmp_path / "later", experts=tiny.EXPERTS, seed=2)
     name = f"{MODULE}.4.up_proj.qweight"
     missing = tiny.write_checkpoint(tmp_path / "missing", experts=tiny.EXPERTS, edits={name: None})
-    wanted = {path: expected(tiny.decode(path), experts=tiny.EXPERTS) for path in (base, other)}
+    wanted = {path: expected(tiny.decode(path), experts=tiny.EXPERTS) for path in (base, other, later)}
     one = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
     for backend in ("dense", "reference"):
         folder = tmp_path / backend
@@ -148,6 +149,26 @@ def test_engines(tmp_path):
         for answer, path in zip(found, (base, other), strict=True):
             assert_same(answer["base"], wanted[path])
         assert f"{name}: missing from the checkpoint" in refused["error"] + printed
+    dense = tiny.decode(base)
+    attention = {name: tuple(w.shape) for name, w in dense.items() if "self_attn" in name and "proj" in name}
+    adapter = tiny.write_lora(
+        tmp_path / "adapter", {n.removesuffix(".weight"): shape for n, shape in attention.items()}
+    )
+    merged = expected(tiny.merge_lora(dense, adapter), experts=tiny.EXPERTS)
+    adapted = {"enable_lora": True, "max_lora_rank": 8}
+    jobs = [
+        {
+            "model": str(base),
+            "lora": str(adapter),
+            "options": adapted | {"lora_target_modules": ["qkv_proj", "o_proj"]},
+        },
+        {"model": str(base), "reload": [str(later)]},
+        {"model": str(base), "options": adapted, "fails": True},
+    ]
+    (with_adapter, reloaded, refused), printed = run_engines(tmp_path, jobs, BQ_VLLM_BACKEND="reference", **one)
+    assert_same(with_adapter["lora"], merged)
+    assert_same(reloaded["reload 0"], wanted[later])
+    assert "packed experts take no LoRA adapters" in refused["error"] + printed
     jobs = [{"model": str(base), "options": {"tensor_parallel_size": 2}}]
     (answer,), _ = run_engines(tmp_path, jobs, VLLM_CPU_OMP_THREADS_BIND="0|1", TORCHDYNAMO_DISABLE="1")
     assert_same(answer["base"], wanted[base])

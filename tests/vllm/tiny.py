@@ -227,10 +227,12 @@ def stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict with the weights of experts as transformers has them: one tensor for all, gate and up together."""
     found: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
     rest = {}
+    own = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's names
     for name, tensor in state.items():
-        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name):
+        name = name.replace(".block_sparse_moe.", ".mlp.")
+        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name):
             prefix, expert, kind = match.groups()
-            found.setdefault(prefix, {})[int(expert), kind] = tensor
+            found.setdefault(prefix, {})[int(expert), own.get(kind, kind).removesuffix("_proj")] = tensor
         else:
             rest[name] = tensor
     for prefix, tensors in found.items():
@@ -275,7 +277,8 @@ def decode(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     tensors = {name: value for file in files for name, value in load_file(path / file).items()}
     tensors = {name: value for name, value in tensors.items() if name.startswith(prefix)}
-    state = {name: value for name, value in tensors.items() if name.endswith((".weight", ".bias"))}
+    packed = (".qweight", ".scales", ".zeros", ".angles")
+    state = {name: value for name, value in tensors.items() if not name.endswith(packed)}
     for name in tensors:
         if not name.endswith(".qweight"):
             continue

@@ -94,8 +94,8 @@ class Source(ABC):
             UserError: naming two of them.
         """
         prefix = f"{decoder_name(self.skeleton)}.layers."
-        for index in range(len(self.skeleton.get_decoder().layers)):
-            for group in input_groups(self.skeleton.config):
+        for index, groups in enumerate(input_groups(self.skeleton)):
+            for group in groups:
                 names = [f"{prefix}{index}.{name}" for name in group.layers]
                 kinds = {name: self.bits(name) if name in self.layers else None for name in names}
                 if len(set(kinds.values())) > 1:
