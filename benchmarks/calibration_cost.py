@@ -9,6 +9,7 @@ FOLDER gets the 16-bit model, its checkpoint, and `text.txt`, which the model ha
 from __future__ import annotations
 
 import shutil
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -25,12 +26,13 @@ def _words(tokens: torch.Tensor) -> str:
     return " ".join(f"t{token}" for token in tokens.flatten().tolist())
 
 
-def write_model(shape: str, blocks: int, folder: Path, device: str) -> None:
+def write_model(shape: str, blocks: int, experts: int | None, folder: Path, device: str) -> None:
     """Write a model with so many decoder layers and random weights, a tokenizer of numbers, and a text that it samples.
 
     Args:
         shape: a name of the serving benchmark's shapes.
         blocks: decoder layers.
+        experts: of a mixture; as many as the shape has by default.
         folder: gets `fp16` and `text.txt`.
         device: where the text is sampled.
     """
@@ -39,11 +41,11 @@ def write_model(shape: str, blocks: int, folder: Path, device: str) -> None:
     from benchmarks.vllm_serving.models import read_config, write_tokenizer
 
     config, _ = read_config(shape)
-    config |= {"num_hidden_layers": blocks}
+    config |= {"num_hidden_layers": blocks} | ({"num_experts": experts} if experts else {})
     chosen = AutoConfig.for_model(**{name: value for name, value in config.items() if name != "architectures"})
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(chosen, dtype=torch.float16 if device != "cpu" else torch.float32)
+        model = AutoModelForCausalLM.from_config(chosen, dtype=torch.float16 if device != "cpu" else torch.bfloat16)
     model.eval().save_pretrained(folder / "fp16")
     saved = (folder / "fp16" / "config.json").read_text()
     write_tokenizer(folder / "fp16", config)
@@ -59,6 +61,7 @@ def write_model(shape: str, blocks: int, folder: Path, device: str) -> None:
 def main(
     shape: Annotated[str, typer.Argument(help="As for serving.py: llama2-7b, …, smoke.")] = "llama2-7b",
     blocks: Annotated[int, typer.Option(help="Decoder layers.")] = 2,
+    experts: Annotated[int | None, typer.Option(help="Experts of a mixture; all by default.")] = None,
     device: Annotated[str, typer.Option(help="As for bq-calibrate.")] = "cuda",
     recipe: Annotated[str, typer.Option(help="As for bq-calibrate.")] = "fast",
     samples: Annotated[int, typer.Option(help="Sequences.")] = 64,
@@ -77,13 +80,25 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     for name in ("fp16", "bq2", "bq2.partial"):
         shutil.rmtree(work / name, ignore_errors=True)
-    write_model(shape, blocks, work, device)
+    # in a process of its own: the memory that it takes is not the calibration's
+    writing = get_context("spawn").Process(target=write_model, args=(shape, blocks, experts, work, device))
+    writing.start()
+    writing.join()
+    if writing.exitcode:
+        raise typer.Exit(writing.exitcode)
     random = work / "random.txt"
     random.write_text(_words(torch.randint(10_000, (WORDS,))))
     data = {"dataset": str(random), "samples": samples, "seqlen": seqlen}
     report = calibrate(str(work / "fp16"), str(work / "bq2"), recipe, device=device, plots=False, **data)
     facts = report["run"]
-    settings = {"shape": shape, "blocks": blocks, "recipe": recipe, "samples": samples, "seqlen": seqlen}
+    settings = {
+        "shape": shape,
+        "blocks": blocks,
+        "experts": experts,
+        "recipe": recipe,
+        "samples": samples,
+        "seqlen": seqlen,
+    }
     write_json(as_json, {"command": command(), "settings": settings, "run": facts, "totals": report["totals"]})
     memory = facts["peak_gpu_memory_bytes"]
     on_gpu = "" if memory is None else f", {memory / 2**30:.2f} GiB of GPU memory"

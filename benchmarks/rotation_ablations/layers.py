@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from bq_calibration.block import Block, InputStatistics
+from bq_calibration.block import Block
+from bq_calibration.input_statistics import InputStatistics
 from bq_calibration.model import SourceModel
 from bq_calibration.rotation import MOST_ROWS
 from bq_calibration.sampling import spread_rows

@@ -17,6 +17,8 @@ SHAPES = {
     "llama2-70b": (8192, 28672, 80, 64, 8, 32000, 4096),
     "llama3-8b": (4096, 14336, 32, 32, 8, 128256, 8192),
     "qwen2-1.5b": (1536, 8960, 28, 12, 2, 151936, 32768),
+    "qwen3-30b-a3b": (2048, 6144, 48, 32, 4, 151936, 40960),
+    "qwen3-235b-a22b": (4096, 12288, 94, 64, 4, 151936, 40960),
     "smoke": (128, 256, 1, 2, 1, 10240, 512),
 }
 SHAPE_NAMES = (
@@ -28,6 +30,11 @@ SHAPE_NAMES = (
     "vocab_size",
     "max_position_embeddings",
 )
+EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "head_dim": 128}
+MIXTURES = {  # what their configs have beside
+    "qwen3-30b-a3b": EXPERTS | {"moe_intermediate_size": 768},
+    "qwen3-235b-a22b": EXPERTS | {"moe_intermediate_size": 1536},
+}
 GROUP = 128
 LEAST_VOCABULARY = 10000  # `bench latency` draws from so many tokens
 
@@ -38,9 +45,11 @@ def _butterfly(kind: str, wide: bool = False) -> Callable[[Config], Config]:
     def quantization(config: Config) -> Config:
         heads = config["num_attention_heads"]
         attention = heads * (config.get("head_dim") or config["hidden_size"] // heads)
-        full = {"default": config["hidden_size"], "o_proj": attention, "down_proj": config["intermediate_size"]}
+        down = config.get("moe_intermediate_size", config["intermediate_size"])
+        full = {"default": config["hidden_size"], "o_proj": attention, "down_proj": down}
         rotation = RotationConfig(kind, full if wide else {"default": GROUP})
-        return QuantConfig(2, GROUP, "midrise", rotation).to_dict()
+        routers = ("mlp.gate",) if "num_experts" in config else ()
+        return QuantConfig(2, GROUP, "midrise", rotation, modules_to_not_convert=("lm_head", *routers)).to_dict()
 
     return quantization
 
@@ -84,8 +93,10 @@ def read_config(model: str) -> tuple[Config, Path | None]:
     """
     if model in SHAPES:
         config = dict(zip(SHAPE_NAMES, SHAPES[model], strict=True))
-        llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
-        return config | llama | {"dtype": "float16", "bos_token_id": 1, "eos_token_id": 2}, None
+        kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
+        if model in MIXTURES:
+            kind |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"} | MIXTURES[model]
+        return config | kind | {"dtype": "float16", "bos_token_id": 1, "eos_token_id": 2}, None
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
     if not path.is_file():
         raise typer.BadParameter(f"{model}: neither one of {', '.join(SHAPES)} nor a config.json")

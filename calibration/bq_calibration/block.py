@@ -14,93 +14,48 @@ from bq_kernels.format import QuantConfig
 from bq_kernels.reference import angles_of, dense_weight
 from torch import nn
 
-from . import parallel
 from .architecture import InputGroup
 from .errors import UserError
-from .sampling import spread_rows
+from .input_statistics import InputStatistics
 
 TOKENS_PER_BATCH = 4096
-SAMPLE_TOKENS = 1024  # inputs kept for statistics and for the uniformity term
-_SAMPLE_PER_BATCH = 64
-_PANEL = 512  # rows of a symmetric product that are computed at once
 
 
 class _InputReached(Exception):
     """Stops a forward pass once the wanted input has been seen."""
 
 
-class InputStatistics:
-    """Running sums over the inputs x of the layers of one group.
+@contextlib.contextmanager
+def _stop_at(module: nn.Module) -> Iterator[list[tuple]]:
+    """Let every pass end where it reaches a module, and keep the arguments that the module would get."""
+    seen: list[tuple] = []
 
-    Args:
-        features: K, features of x.
-        device: where the sums are kept.
+    def stop(_, args):
+        seen.append(args)
+        raise _InputReached
+
+    hook = module.register_forward_pre_hook(stop)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the experts of a layer read.
+
+    Attributes:
+        x: inputs, [tokens, hidden].
+        numbers: int64 [tokens, k], the experts of every token.
     """
 
-    def __init__(self, features: int, device: torch.device):
-        self.tokens = 0
-        self._outer = torch.zeros(features, features, device=device)
-        self._magnitude = torch.zeros(features, device=device)
-        self._drift: torch.Tensor | None = None
-        self._rows: list[torch.Tensor] = []
+    x: torch.Tensor
+    numbers: torch.Tensor
 
-    def add(self, x: torch.Tensor, x16: torch.Tensor | None = None) -> None:
-        """Count inputs x [..., K] in, and perhaps the 16-bit model's inputs x16 at the same tokens."""
-        x = x.detach().flatten(0, -2).float()
-        for start in range(0, x.shape[1], _PANEL):  # the lower triangle; the rest mirrors it
-            stop = min(start + _PANEL, x.shape[1])
-            self._outer[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
-        if x16 is not None:
-            error = x16.detach().flatten(0, -2).float() - x
-            self._drift = torch.zeros_like(self._outer) if self._drift is None else self._drift
-            self._drift.addmm_(error.T, x)
-        self._magnitude += x.abs().sum(0)
-        self._rows.append(spread_rows(x, _SAMPLE_PER_BATCH).clone())
-        self.tokens += len(x)
-
-    def add_up(self) -> None:
-        """Take the sums over all processes; the sample stays this one's."""
-        tokens = torch.tensor(self.tokens, device=self._outer.device)
-        sums = tokens, self._outer, self._magnitude, self._drift
-        parallel.add_up(value for value in sums if value is not None)
-        self.tokens = tokens.item()
-
-    @classmethod
-    def together(cls, statistics: list[InputStatistics]) -> InputStatistics:
-        """Those of all inputs that several of them have seen."""
-        whole = cls(len(statistics[0]._magnitude), statistics[0]._outer.device)
-        for each in statistics:
-            whole.tokens += each.tokens
-            whole._outer += each._outer
-            whole._magnitude += each._magnitude
-            whole._rows += each._rows
-        return whole
-
-    def topped_up(self, hessian: torch.Tensor, tokens: float) -> torch.Tensor:
-        """The Hessian as if so many more tokens had been seen whose Hessian is `hessian` [K, K]."""
-        lower = self._outer.tril().add_(hessian.tril(), alpha=tokens).div_(self.tokens + tokens)
-        return lower.add_(lower.tril(-1).T)
-
-    @property
-    def hessian(self) -> torch.Tensor:
-        """Mean of x xᵀ over tokens, float32 [K, K]: the Hessian of the layer's squared output error, up to a factor."""
-        lower = self._outer.tril().div_(self.tokens)
-        return lower.add_(lower.tril(-1).T)
-
-    @property
-    def drift(self) -> torch.Tensor | None:
-        """Mean of (x16 − x) xᵀ, float32 [K, K]: the inputs' error from earlier layers, as far as x tells it."""
-        return None if self._drift is None else self._drift / self.tokens
-
-    @property
-    def mean_abs(self) -> torch.Tensor:
-        """Mean of |x| over tokens, float32 [K]."""
-        return self._magnitude / self.tokens
-
-    @property
-    def sample(self) -> torch.Tensor:
-        """At most SAMPLE_TOKENS of the inputs, float32 [tokens, K]."""
-        return spread_rows(torch.cat(self._rows), SAMPLE_TOKENS).clone()
+    def rows(self, expert: int) -> torch.Tensor:
+        """Inputs of one expert."""
+        return self.x[(self.numbers == expert).any(-1)]
 
 
 @dataclass(frozen=True)
@@ -235,20 +190,11 @@ class Block:
 
         Each pass ends where it reaches them.
         """
-        seen = []
-
-        def stop(_, args):
-            seen.append(args[0])
-            raise _InputReached
-
-        hook = self.linear(group.layers[0]).register_forward_pre_hook(stop)
-        try:
+        with _stop_at(self.linear(group.layers[0])) as seen:
             for part in self._batches(hidden):
                 with contextlib.suppress(_InputReached):
                     self.forward(part)
-                yield seen.pop()
-        finally:
-            hook.remove()
+                yield seen.pop()[0]
 
     @torch.no_grad()
     def capture(self, hidden: torch.Tensor, group: InputGroup, original: Original | None = None) -> InputStatistics:
@@ -271,29 +217,48 @@ class Block:
             for x, x16 in zip(self.inputs(hidden, group), wanted, strict=True):
                 statistics.add(x, x16)
         statistics.add_up()
-        self._check(statistics, group)
+        self.check_inputs(statistics, group)
         return statistics
 
     @torch.no_grad()
-    def capture_experts(self, hidden: torch.Tensor, group: InputGroup) -> list[InputStatistics]:
-        """Statistics of the inputs of every expert, of the tokens that are routed to it, in all processes.
+    def routed(self, hidden: torch.Tensor, group: InputGroup) -> Routed:
+        """Inputs of the experts to which a group belongs, and which expert gets which.
 
         Args:
             hidden: as for `capture`.
             group: of layers of experts.
+        """
+        found = []
+        with _stop_at(self.module.get_submodule(group.layers[0].rsplit(".", 2)[0])) as seen:
+            for part in self._batches(hidden):
+                with contextlib.suppress(_InputReached):
+                    self.forward(part)
+                found.append(seen.pop()[:2])
+        return Routed(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    @torch.no_grad()
+    def capture_expert(self, routed: Routed, part: InputGroup) -> InputStatistics:
+        """Statistics of the inputs of one expert's layers, of the tokens that are routed to it, in this process.
+
+        Args:
+            routed: inputs of all experts.
+            part: the layers, one of `InputGroup.parts`.
+        """
+        name = part.layers[0].rsplit(".", 1)[0]
+        expert, statistics = self.module.get_submodule(name), InputStatistics(self.in_features(part), routed.x.device)
+        with _stop_at(self.linear(part.layers[0])) as seen:
+            for rows in routed.rows(int(name.rsplit(".", 1)[1])).split(TOKENS_PER_BATCH):
+                with contextlib.suppress(_InputReached):
+                    expert(rows)
+                statistics.add(seen.pop()[0])
+        return statistics
+
+    def check_inputs(self, statistics: InputStatistics, group: InputGroup) -> None:
+        """Refuse inputs of a group that hold NaN or infinity.
 
         Raises:
-            UserError: as for `capture`.
+            UserError: naming block and group.
         """
-        with self.observe(group.parts()) as found:
-            for part in self._batches(hidden):
-                self.forward(part)
-        for statistics in found.values():
-            statistics.add_up()
-        self._check(InputStatistics.together(list(found.values())), group)
-        return list(found.values())
-
-    def _check(self, statistics: InputStatistics, group: InputGroup) -> None:
         if not bool(torch.isfinite(statistics.mean_abs).all()):
             raise UserError(f"block {self.index}, {group.name}: the inputs hold NaN or infinity; is the model sound?")
 

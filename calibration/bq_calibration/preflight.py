@@ -230,10 +230,22 @@ def _memory(source: SourceModel, recipe: Recipe, budget: int) -> int:
 def _layer_memory(block: Block, recipe: Recipe, item: int) -> int:
     """Memory of rounding and block-wise training of a decoder layer; `item` bytes per value of its 16-bit weights."""
     widest = max(block.in_features(group) for group in block.groups)
-    features = sum(layer.in_features + layer.out_features for layer in block.linears().values())
-    layer = (18 if recipe.block_tokens else 10 + item * bool(recipe.correction)) * block.weights()
-    layer += 40 * widest**2 + TOKENS_PER_BATCH * features * item
-    return layer + max(4 * group.experts * block.in_features(group) ** 2 for group in block.groups)  # expert's Hessian
+    rounded = features = held = 0
+    for group in block.groups:
+        part = group.parts()[0]  # one expert is rounded at a time, and few of them read a token
+        weights = sum(layer.in_features * layer.out_features for layer in block.linears(part).values())
+        rounded += weights
+        held += weights * max(group.experts - 1, 0)
+        features += sum(layer.in_features + layer.out_features for layer in block.linears(part).values())
+    at_work = 18 if recipe.block_tokens else 10 + item * bool(recipe.correction)
+    layer = at_work * rounded + (at_work if recipe.block_tokens else item + 1) * held
+    return layer + 40 * widest**2 + TOKENS_PER_BATCH * features * item + _routed(block, recipe, item)
+
+
+def _routed(block: Block, recipe: Recipe, item: int) -> int:
+    """Bytes of the inputs of all experts."""
+    widths = [block.in_features(group) for group in block.groups if group.experts]
+    return max(widths, default=0) * recipe.samples * recipe.seqlen * item // parallel.size()
 
 
 def _embedding_memory(source: SourceModel, recipe: Recipe, embeddings: dict[str, tuple[int, int]]) -> int:

@@ -12,7 +12,8 @@ from bq_kernels.reference import hadamard_angles, rotate
 
 from . import analysis, parallel
 from .architecture import InputGroup
-from .block import Block, InputStatistics, Original
+from .block import Block, Original, Routed
+from .input_statistics import InputStatistics
 from .quantize import Quantized, corrected, output_energy, refine, round_gptq, round_nearest
 from .recipes import Recipe
 from .rotation import MOST_ROWS, ButterflyRotation, RotationProblem, initial_angles, learn_rotation
@@ -49,11 +50,12 @@ def quantize_block(
     for place, group in enumerate(block.groups):
         seed = derive_seed(recipe.seed, block.index, place)
         if group.experts:
-            function, statistics = _quantize_experts, block.capture_experts(hidden, group)
+            found, report = _quantize_experts(block, group, block.routed(hidden, group), config, recipe, seed)
         else:
-            function, statistics = _quantize_group, block.capture(hidden, group, original)
-        quantize = functools.partial(function, block, group, statistics, config, recipe, seed)
-        found, report = parallel.from_first(quantize)
+            statistics = block.capture(hidden, group, original)
+            found, report = parallel.from_first(
+                functools.partial(_quantize_group, block, group, statistics, config, recipe, seed)
+            )
         tensors |= found
         block.install(tensors, config, [group])
         reports.append(report)
@@ -77,26 +79,39 @@ def _quantize_group(
 
 
 def _quantize_experts(
-    block: Block, group: InputGroup, statistics: list[InputStatistics], config: QuantConfig, recipe: Recipe, seed: int
+    block: Block, group: InputGroup, routed: Routed, config: QuantConfig, recipe: Recipe, seed: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """As `_quantize_group`: one rotation for the layers of all experts, and each expert rounded for its own tokens.
 
     An expert that few tokens reach is rounded for what all experts see, too (TOP_UP). Errors are means over experts.
+    There is one Hessian of an expert at a time, so that of the layers before it everything is computed twice.
     """
-    parts, together = group.parts(), InputStatistics.together(statistics)
+    parts, features = group.parts(), block.in_features(group)
+    together = InputStatistics(features, routed.x.device)
+    for part in parts:
+        together.merge(block.capture_expert(routed, part))
+    together.add_up()
+    block.check_inputs(together, group)
     bits, block_size = config.bits_of(block.prefix + group.layers[0]), config.rotation.block(group.layers[0])
     hessian, sample = together.hessian, together.sample
-    features = len(hessian)
     rows = torch.cat([spread_rows(block.weight(part), max(1, MOST_ROWS // len(parts))) for part in parts])
-    angles, losses = find_angles(rows, hessian, sample, block_size, bits, config, recipe, seed)
-    tensors: dict[str, torch.Tensor] = {}
-    errors: list[dict[str, Any]] = []
-    for part, seen in zip(parts, statistics, strict=True):
+    learn = functools.partial(find_angles, rows, hessian, sample, block_size, bits, config, recipe, seed)
+    angles, losses = parallel.from_first(learn)
+
+    def round_expert(part: InputGroup, seen: InputStatistics) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         own = seen.topped_up(hessian, TOP_UP * features)
-        quantized, found = _round_and_compare(part, block.weight(part), own, angles, bits, config, recipe)
-        tensors |= _stored_tensors(block, part, quantized, angles, config)
-        errors.append(found)
-    counts = [seen.tokens for seen in statistics]
+        quantized, errors = _round_and_compare(part, block.weight(part), own, angles, bits, config, recipe)
+        return _stored_tensors(block, part, quantized, angles, config), errors
+
+    tensors: dict[str, torch.Tensor] = {}
+    errors, counts = [], []
+    for part in parts:
+        seen = block.capture_expert(routed, part)
+        seen.add_up()
+        counts.append(seen.tokens)
+        found, error = parallel.from_first(functools.partial(round_expert, part, seen))
+        tensors |= found
+        errors.append(error)
     if few := sum(count < features for count in counts):
         logger.warning(
             "block %d, %s: %d of %d experts saw fewer tokens than they have inputs (%d; least %d), so their rounding "

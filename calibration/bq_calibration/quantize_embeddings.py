@@ -16,7 +16,8 @@ from bq_kernels.reference import angles_of, dense_weight
 from rich.progress import Progress
 
 from . import parallel
-from .block import TOKENS_PER_BATCH, InputStatistics
+from .block import TOKENS_PER_BATCH
+from .input_statistics import InputStatistics
 from .model import SourceModel
 from .quantize import refine
 from .quantize_block import find_angles, rotated, round_weight

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from bq_calibration import block as block_module
-from bq_calibration import compute
-from bq_calibration.block import TOKENS_PER_BATCH, InputStatistics, Original
+from bq_calibration import compute, input_statistics
+from bq_calibration.block import TOKENS_PER_BATCH, Original
 from bq_calibration.compute import compute_dtypes, native_dtype
 from bq_calibration.errors import UserError
+from bq_calibration.input_statistics import InputStatistics
 from bq_calibration.model import SourceModel
 from bq_calibration.sampling import derive_seed, spread_rows
 from transformers import AutoModelForCausalLM
@@ -38,7 +38,7 @@ def test_running_block_by_block_is_the_model(architecture, tmp_path):
 
 
 def test_hessian_is_summed_by_panels_of_its_lower_triangle(monkeypatch):
-    monkeypatch.setattr(block_module, "_PANEL", 16)  # not a divisor of 40
+    monkeypatch.setattr(input_statistics, "_PANEL", 16)  # not a divisor of 40
     statistics, batches = InputStatistics(40, CPU), [torch.randn(3, 50, 40), torch.randn(2, 50, 40)]
     for batch in batches:
         statistics.add(batch)

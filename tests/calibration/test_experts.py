@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 from bq_calibration.architecture import input_groups
-from bq_calibration.block import InputStatistics
 from bq_calibration.checkpoint import verify
 from bq_calibration.errors import UserError
 from bq_calibration.experts import Experts
+from bq_calibration.input_statistics import InputStatistics
 from bq_calibration.skeleton import empty_model
 from bq_calibration.store import TensorStore
 
@@ -45,7 +45,9 @@ def test_hessian_of_an_expert_is_topped_up():
     statistics = [InputStatistics(8, torch.device("cpu")) for _ in range(3)]
     statistics[0].add(few)
     statistics[1].add(many)  # the third expert sees nothing
-    together = InputStatistics.together(statistics)
+    together = InputStatistics(8, torch.device("cpu"))
+    for each in statistics:
+        together.merge(each)
     everything = torch.cat((few, many))
     shared = everything.T @ everything / 53
     torch.testing.assert_close(together.hessian, shared)

@@ -15,7 +15,7 @@ from bq_calibration.training_plan import training_plan
 from bq_calibration.training_state import empty_tensors, latest_state, load_state
 from safetensors.torch import load_file
 
-from .conftest import WORDS  # noqa: F401 skips where transformers is missing
+from .conftest import make_model
 
 ROUNDING = 1e-5  # of sums in float32, in another order
 RUN = ("recipe", "compute_dtype")  # not settings of a recipe
@@ -107,6 +107,20 @@ def test_two_processes_train_as_one(runs):
     assert runs.report("2")["run"]["processes"] == 2
     lines = (runs.folder / "2" / "report" / "training.jsonl").read_text().splitlines()
     assert len([line for line in lines if "loss" in json.loads(line)]) == 6  # only one process has written
+
+
+@pytest.mark.slow
+def test_two_processes_round_experts_as_one(text, tmp_path):
+    """Each expert's Hessian is that of the tokens of all processes."""
+    runs = Runs(tmp_path, make_model(tmp_path / "model", "qwen3_moe"), text)
+    for processes in (1, 2):
+        runs.add(str(processes), processes, train_tokens=0, rotation="hadamard")
+    runs.make()
+    alone, together = (runs.report(name)["inputs"] for name in "12")
+    for one, other in zip(alone, together, strict=True):
+        assert one.get("expert_tokens") == other.get("expert_tokens")
+        assert one["refined_output_error"] == pytest.approx(other["refined_output_error"], rel=1e-3)
+    assert any("expert_tokens" in entry for entry in alone)
 
 
 def test_samples_are_divided(monkeypatch):
