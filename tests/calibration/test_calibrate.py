@@ -54,8 +54,10 @@ def dense_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", list(CONFIGS))
 def test_every_architecture_from_model_to_logits(architecture, tmp_path, text):
     source = make_model(tmp_path / "model", architecture)
+    recipe = make_recipe("fast", SMALL | {"dataset": str(text)})
+    plan = Calibration(str(source), str(tmp_path / "out"), recipe, "cpu").dry_run(Progress(disable=True))
     out = run(source, tmp_path / "out", text)
-    verify(out)
+    assert plan["checkpoint_bytes"] == verify(out).total_bytes
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer("w1 w2 w3 w4 w5 w6 w7 w8", return_tensors="pt").input_ids
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
