@@ -14,7 +14,9 @@ from .pairwise import holds
 
 # those that cost least: multimodal models need torchvision, two ranks more processes, chunks many interpreted steps
 CHEAP = {"tensor parallel": 1, "chunked prefill": "off"}
-SUITE = [case for case in cases() if holds(case, CHEAP) and case["architecture"] not in MULTIMODAL_CONFIGS][:2]
+AFFORDED = [case for case in cases() if holds(case, CHEAP) and case["architecture"] not in MULTIMODAL_CONFIGS]
+SUITE = AFFORDED[:2]  # and mixtures of other names and kinds of layers than test_experts has
+SUITE += [next(case for case in AFFORDED if case["architecture"] == name) for name in ("mixtral", "deepseek_v3")]
 
 
 @pytest.mark.slow
