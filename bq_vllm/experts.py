@@ -15,6 +15,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.platforms import current_platform
 
 from .backend import select_backend
 from .linear import check_shard
@@ -187,6 +188,8 @@ class DenseExpertsMethod(StoredExperts, UnquantizedFusedMoEMethod):
         for name in (PAIR, DOWN):
             dense = [reference.dense_weight(*stored).to(layer.params_dtype) for stored in self._take(layer, name)]
             layer.register_parameter(f"{name}_weight", Parameter(torch.stack(dense), requires_grad=False))
+        if current_platform.is_cpu():
+            self.moe_kernel = None  # vLLM packs weights for its CPU kernel only as long as there is none
         UnquantizedFusedMoEMethod.process_weights_after_loading(self, layer)
 
 
