@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from .conftest import SIZES, make_model
+from .conftest import EXPERTS, SIZES, make_model
 
 WIDTH = 256  # of hidden states and of the MLP: TQ1_0 has groups of 256
 LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -46,7 +47,12 @@ def base_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = t
     """A random 16-bit model: one layer, two key/value heads for four heads."""
     sizes = SIZES | dict(hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1)
     sizes |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=64, tie_word_embeddings=False)
-    configs = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}
+    configs = {
+        "llama": transformers.LlamaConfig,
+        "qwen3": transformers.Qwen3Config,
+        "qwen3_moe": functools.partial(transformers.Qwen3MoeConfig, **EXPERTS, moe_intermediate_size=64),
+        "mixtral": functools.partial(transformers.MixtralConfig, **EXPERTS),
+    }
     return make_model(folder, architecture, dtype, configs[architecture](**sizes))
 
 
@@ -55,7 +61,7 @@ def random_layers(model: Path, bits: int, group: int, symmetric: bool = False, s
     g = torch.Generator().manual_seed(seed)
     layers = {}
     for name, weight in load_file(model / "model.safetensors").items():
-        if name.startswith("model.layers.") and weight.dim() == 2:
+        if name.startswith("model.layers.") and weight.dim() == 2 and not name.endswith(".gate.weight"):  # a router
             rows, columns = weight.shape
             shape = rows, columns // group
             codes = torch.randint(0, 2**bits, (rows, columns), generator=g)
@@ -65,6 +71,15 @@ def random_layers(model: Path, bits: int, group: int, symmetric: bool = False, s
                 codes, scales, torch.full(shape, 2 ** (bits - 1)) if symmetric else zeros, bits
             )
     return layers
+
+
+def write_dense(model: Path, out: Path, layers: dict[str, Layer]) -> Path:
+    """A copy of a model in float32 with the weights that some layers stand for."""
+    shutil.copytree(model, out)
+    tensors = {name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()}
+    tensors |= {f"{name}.weight": layer.weight().float() for name, layer in layers.items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 def write(

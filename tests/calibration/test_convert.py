@@ -42,10 +42,8 @@ def assert_exact(model: Path, layers: dict[str, foreign.Layer], checkpoint: Path
     assert set(found) == set(layers)
     for name, layer in layers.items():
         assert torch.equal(found[name].to_dense(torch.float32).weight, layer.weight().float()), name
-    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            dense.get_submodule(name).weight.copy_(layer.weight())
+    folder = foreign.write_dense(model, checkpoint.with_name(f"{checkpoint.name}-dense"), layers)
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.testing.assert_close(logits(loaded), logits(dense), rtol=0, atol=1e-4 * logits(dense).abs().max().item())
     return inspect(str(checkpoint))
 
@@ -86,6 +84,17 @@ def test_zero_points(tmp_path, model, case, bits):
     assert description["quantization_config"]["zero_point"] == "float"
     assert report["totals"]["bits_per_weight"] == description["bits_per_weight"] == bits + 32 / 32
     assert case.split()[0] in report["conversion"]["method"]
+
+
+@pytest.mark.parametrize(("architecture", "router"), [("qwen3_moe", "mlp.gate"), ("mixtral", "block_sparse_moe.gate")])
+@pytest.mark.parametrize("case", ["GPTQ", "compressed-tensors"])
+def test_experts(tmp_path, architecture, router, case):
+    model = foreign.base_model(tmp_path / "model", architecture)
+    layers = foreign.random_layers(model, 4, 32)
+    pack, config = CASES[case]
+    convert(str(foreign.write(model, tmp_path / "source", layers, pack, config(4))), str(tmp_path / "out"))
+    description = assert_exact(model, layers, tmp_path / "out")
+    assert description["quantization_config"]["modules_to_not_convert"] == ["lm_head", router]
 
 
 @pytest.mark.parametrize("bits", [2, 3])

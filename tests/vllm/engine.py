@@ -123,8 +123,8 @@ def override_kernels_once() -> None:
     """
     from vllm.platforms.cpu import CpuPlatform
 
-    override = functools.cache(CpuPlatform.register_triton_kernel_overrides)
-    CpuPlatform.register_triton_kernel_overrides = staticmethod(override)
+    if override := getattr(CpuPlatform, "register_triton_kernel_overrides", None):  # not in vLLM 0.28
+        CpuPlatform.register_triton_kernel_overrides = staticmethod(functools.cache(override))
 
 
 def drafted_tokens(llm) -> int:

@@ -127,7 +127,7 @@ def check_exact(source: Source, progress: Progress) -> QuantConfig:
             group_size=_group_size(source, groups),
             zero_point="midrise" if midrise else "float",
             rotation=RotationConfig("none", {}),
-            modules_to_not_convert=("lm_head", *unquantized),
+            modules_to_not_convert=("lm_head", *source.routers(), *unquantized),
             module_bits={name: found for name, found in bits.items() if found != most},
         )
         for name, (rows, columns) in source.layers.items():

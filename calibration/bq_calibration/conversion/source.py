@@ -14,7 +14,6 @@ from transformers import AutoConfig, PreTrainedModel
 from ..architecture import check_architecture, input_groups
 from ..checkpoint import quantized_layers
 from ..errors import UserError, explain
-from ..experts import Experts
 from ..files import copy_carried
 from ..inspection import check_tokenizer
 from ..model import hub_name
@@ -87,6 +86,13 @@ class Source(ABC):
         every = quantized_layers(self.skeleton, QuantConfig())
         return {name: linear for name, (linear, _) in every.items()}
 
+    def routers(self) -> list[str]:
+        """Names inside a decoder layer of matrices that are no linear layers of its groups."""
+        prefix, layers = f"{decoder_name(self.skeleton)}.layers.", self.model_layers()
+        matrices = [name for name, tensor in self.skeleton.state_dict().items() if tensor.dim() == 2]
+        modules = [name.removesuffix(".weight") for name in matrices if name.startswith(prefix)]
+        return sorted({name.removeprefix(prefix).partition(".")[2] for name in modules if name not in layers})
+
     def check_fused(self) -> None:
         """Refuse layers that share an input and are quantized differently: vLLM fuses them.
 
@@ -107,15 +113,13 @@ class Source(ABC):
 
 
 def check_text_model(folder: Path, model: PreTrainedModel) -> None:
-    """Refuse a model with more parts than a text decoder, and a mixture of experts.
+    """Refuse a model with more parts than a text decoder.
 
     Raises:
         UserError: saying which.
     """
     if parts := other_parts(model):
         raise UserError(f"{folder}: a multimodal model ({', '.join(parts)}); only text models are converted")
-    if any(isinstance(module, Experts) for module in model.modules()):
-        raise UserError(f"{folder}: a mixture of experts; only dense models are converted")
 
 
 class FolderSource(Source):
