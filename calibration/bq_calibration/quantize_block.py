@@ -84,7 +84,7 @@ def _quantize_experts(
     """As `_quantize_group`: one rotation for the layers of all experts, and each expert rounded for its own tokens.
 
     An expert that few tokens reach is rounded for what all experts see, too (TOP_UP). Errors are means over experts.
-    There is one Hessian of an expert at a time, so that of the layers before it everything is computed twice.
+    Statistics are computed twice, for the rotation and for the rounding, so that memory holds one expert's at a time.
     """
     parts, features = group.parts(), block.in_features(group)
     together = InputStatistics(features, routed.x.device)
