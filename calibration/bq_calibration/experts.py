@@ -81,7 +81,7 @@ def split_experts(model: PreTrainedModel) -> None:
 
 
 def _rename(layer: nn.Module, old: str, new: str) -> None:
-    """Call a child of a layer otherwise; the layer's own code still finds it under its old name, no longer as a child."""
+    """Call a child of a layer otherwise; the layer's own code finds it under its old name too, not as a child."""
     if old != new:
         child = layer._modules.pop(old)
         layer.add_module(new, child)
