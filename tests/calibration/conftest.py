@@ -148,7 +148,8 @@ def make_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = t
     kind = "ImageTextToText" if architecture in MULTIMODAL_CONFIGS else "CausalLM"
     model = getattr(transformers, f"AutoModelFor{kind}").from_config(config, dtype=dtype)
     with torch.no_grad():
-        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+        routers = [(name, bias) for name, bias in model.named_buffers() if name.endswith("correction_bias")]
+        for name, parameter in [*model.named_parameters(), *routers]:
             if parameter.dim() == 2 or name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj"):
                 parameter.normal_(std=0.5 if "embed" in name else 0.15)
             elif name.endswith("bias"):
