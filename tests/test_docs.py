@@ -163,6 +163,14 @@ def check_pytest(words: list[str]) -> None:
     assert all((ROOT / word).exists() for word in words[1:] if "/" in word)
 
 
+def check_nox(words: list[str]) -> None:
+    """A session that noxfile.py has, with one of its versions."""
+    source = (ROOT / "noxfile.py").read_text()
+    for session in words[2:]:
+        name, versions = session.rstrip(")").split("(")
+        assert f"def {name}(" in source and all(part in source for part in re.findall(r"\d[\d.]*", versions))
+
+
 @pytest.mark.parametrize("words", ALL_COMMANDS)
 def test_command(words):
     if words[0] == "torchrun":
@@ -176,6 +184,8 @@ def test_command(words):
         check_make(words)
     elif program == "pytest":
         check_pytest(words)
+    elif program == "nox":
+        check_nox(words)
     elif words[1:2] == ["-m"] and words[2].startswith("tests."):
         assert (ROOT / words[2].replace(".", "/") / "__main__.py").exists()
     elif program == "vllm" or words[:2] == ["python", "-m"]:
