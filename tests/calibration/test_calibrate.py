@@ -14,6 +14,7 @@ import bq_calibration.hf  # noqa: F401
 import pytest
 import tiny
 import torch
+import transformers
 from bq_calibration import data as data_module
 from bq_calibration import pipeline as pipeline_module
 from bq_calibration import quantize_block as quantize_block_module
@@ -23,6 +24,7 @@ from bq_calibration.data import calibration_tokens
 from bq_calibration.model import SourceModel
 from bq_calibration.pipeline import Calibration
 from bq_calibration.recipes import make_recipe
+from packaging.version import Version
 from rich.progress import Progress
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -53,6 +55,8 @@ def dense_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("architecture", list(CONFIGS))
 def test_every_architecture_from_model_to_logits(architecture, tmp_path, text):
+    if architecture == "deepseek_v2" and Version(transformers.__version__) < Version("5.14"):
+        pytest.skip("transformers before 5.14 fails where DeepSeek-V2 routes by groups")
     source = make_model(tmp_path / "model", architecture)
     recipe = make_recipe("fast", SMALL | {"dataset": str(text)})
     plan = Calibration(str(source), str(tmp_path / "out"), recipe, "cpu").dry_run(Progress(disable=True))
