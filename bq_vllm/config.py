@@ -83,10 +83,17 @@ class ButterflyConfig(QuantizationConfig):
             check_cached(model_name, revision)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
-        """Rename the modules that the config names as vLLM renames those of the model."""
-        names = hf_to_vllm_mapper.apply_list(list(self.quant.modules_to_not_convert))
-        bits = hf_to_vllm_mapper.apply_dict(self.quant.module_bits)
-        self.quant = replace(self.quant, modules_to_not_convert=tuple(names), module_bits=bits)
+        """Rename the modules that the config names as vLLM renames those of the model.
+
+        A mapper renames tensors: its prefixes may end in dots (`lm_head.`), which a module's name has not.
+        """
+
+        def renamed(module: str) -> list[str]:
+            return [name.removesuffix(".weight") for name in hf_to_vllm_mapper.apply_list([f"{module}.weight"])]
+
+        names = tuple(name for module in self.quant.modules_to_not_convert for name in renamed(module))
+        bits = {name: bits for module, bits in self.quant.module_bits.items() for name in renamed(module)}
+        self.quant = replace(self.quant, modules_to_not_convert=names, module_bits=bits)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Method of a layer; None, vLLM's default, for attention, and an embedding or LM head that is not packed.

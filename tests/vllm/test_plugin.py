@@ -191,15 +191,16 @@ def test_methods_of_layers(config, linear):
     assert quant.get_quant_method(torch.nn.Embedding(1, 1), "lm_head") is None
 
 
-def test_skipped_names_follow_the_model(config):
+@pytest.mark.parametrize("dot", ["", "."])
+def test_names_follow_the_model(config, dot):
+    """Mappers of vLLM have prefixes of tensors' names, with a dot at the end or without."""
     from vllm.model_executor.models.utils import WeightsMapper
 
-    quant = config(skip=("lm_head", "model.visual"), module_bits={"model.visual.fc1": 4})
-    quant.apply_vllm_mapper(
-        WeightsMapper(orig_to_new_prefix={"model.visual": "visual", "lm_head": "language_model.lm_head"})
-    )
-    assert quant.quant.modules_to_not_convert == ("language_model.lm_head", "visual")
-    assert quant.quant.module_bits == {"visual.fc1": 4}
+    prefixes = {f"model.visual{dot}": f"visual{dot}", f"lm_head{dot}": f"language_model.lm_head{dot}"}
+    quant = config(skip=("model.visual",), module_bits={"model.visual.fc1": 4, "lm_head": 3})
+    quant.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=prefixes))
+    assert quant.quant.modules_to_not_convert == ("visual",)
+    assert quant.quant.module_bits == {"visual.fc1": 4, "language_model.lm_head": 3}
 
 
 def test_fused_layers_must_agree(config, linear):
