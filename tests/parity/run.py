@@ -22,10 +22,11 @@ from .checkpoints import (
     write_other,
     write_source,
 )
-from .matrix import LATENT, ON, REFUSALS, default_case
+from .matrix import LATENT, MIXTURES, ON, REFUSALS, default_case
 from .pairwise import Case
 
 BACKENDS = {"vLLM dense": "dense", "vLLM Triton": "triton"}
+OTHER_EXPERTS = 0.05  # share of values that may lie outside the bound
 TIMEOUT = 3600  # seconds for a process; its engines are many and a machine may be busy
 
 
@@ -60,8 +61,12 @@ class Prepared:
         return generate(self.model(write_dense(self.folder / name, self.source, state), "float32"))
 
     def check(self, found: list[dict], wanted: list[dict]) -> dict:
-        """Compare answers within the bound of the case's dtype."""
-        return compare(found, wanted, error_bound(self.case["dtype"], wanted))
+        """Compare answers within the bound of the case's dtype.
+
+        Rounded to 16 bits, a token of a mixture that stands between two experts may go to the other one.
+        """
+        routed = architecture_of(self.case) in MIXTURES and self.case["dtype"] != "float32"
+        return compare(found, wanted, error_bound(self.case["dtype"], wanted), OTHER_EXPERTS if routed else 0.0)
 
     def by_transformers(self) -> dict[str, dict]:
         """Checks of the packed checkpoint and of the model that it dequantizes to."""
