@@ -161,11 +161,11 @@ class SourceModel:
         """Dtype in which the checkpoint holds a tensor that is not quantized.
 
         With `auto` that is bfloat16 where the source has 32 bits or more: embeddings of a 2-bit model in float32 would
-        be most of its bytes. A vector of more bits than the linear layers has them for a reason (a router's bias).
+        be most of its bytes. Buffers, such as the bias of a router, keep their bits.
         """
         stored = self.store.dtype(name)
         wide = self.unquantized_dtype == "auto" and stored.itemsize > 2 and stored.is_floating_point
-        wide = wide and (stored == self.stored_dtype or len(self.store.shape(name)) > 1)
+        wide = wide and name not in self.buffer_names
         return torch.bfloat16 if wide else stored
 
     def tokenizer(self):
@@ -211,6 +211,11 @@ class SourceModel:
     def block_prefix(self, index: int) -> str:
         """Name prefix of the tensors of decoder layer `index`."""
         return f"{self.decoder_name}.layers.{index}."
+
+    @cached_property
+    def buffer_names(self) -> frozenset[str]:
+        """Full names of what the model holds beside its parameters."""
+        return frozenset(name for name, _ in self.skeleton.named_buffers())
 
     @cached_property
     def linear_weights(self) -> frozenset[str]:
