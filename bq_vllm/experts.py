@@ -128,9 +128,8 @@ class StoredExperts:
         """Refuse missing tensors."""
         layer.butterfly_angles.clear()
         loaded = layer.butterfly_loaded
-        if not loaded and bool(
-            layer.w13_scales.isfinite().all()
-        ):  # dummy weights are finite, unlike create_weights' NaN
+        # dummy weights are finite, unlike create_weights' NaN
+        if not loaded and bool(layer.w13_scales.isfinite().all()):
             return
         for shard_id, last in self.names.items():
             name = DOWN if shard_id == "w2" else PAIR

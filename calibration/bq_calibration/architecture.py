@@ -165,6 +165,13 @@ def input_groups(model: PreTrainedModel) -> list[Groups]:
     return [_groups_of(layer, kind, index) for index, layer in enumerate(model.get_decoder().layers)]
 
 
+def other_matrices(layer: nn.Module, groups: Groups) -> tuple[str, ...]:
+    """Names of modules of a decoder layer with a matrix that belong to no group: routers, which stay unquantized."""
+    packed = {name for group in groups for name in group.layers}
+    matrices = (name.removesuffix(".weight") for name, p in layer.named_parameters() if p.dim() == 2)
+    return tuple(name for name in matrices if name not in packed)
+
+
 def _groups_of(layer: nn.Module, model_type: str, index: int) -> Groups:
     there, missing = dict(layer.named_modules()), []
     for groups in ARCHITECTURES[model_type]:

@@ -101,15 +101,9 @@ class Block:
         groups = self.groups if group is None else (group,)
         return {name: self.linear(name) for each in groups for name in each.layers}
 
-    def weights(self) -> int:
-        """Number of weights of its linear layers."""
-        return sum(layer.in_features * layer.out_features for layer in self.linears().values())
-
-    def other_linears(self) -> tuple[str, ...]:
-        """Names of modules with a matrix that belong to no group: routers, which stay unquantized."""
-        packed = self.linears()
-        matrices = (name.removesuffix(".weight") for name, p in self.module.named_parameters() if p.dim() == 2)
-        return tuple(name for name in matrices if name not in packed)
+    def weights(self, group: InputGroup | None = None) -> int:
+        """Number of weights of the linear layers of one group, or of all."""
+        return sum(layer.in_features * layer.out_features for layer in self.linears(group).values())
 
     def in_features(self, group: InputGroup) -> int:
         """Features of the input that a group shares."""

@@ -164,9 +164,8 @@ class SourceModel:
         be most of its bytes. Buffers, such as the bias of a router, keep their bits.
         """
         stored = self.store.dtype(name)
-        wide = self.unquantized_dtype == "auto" and stored.itemsize > 2 and stored.is_floating_point
-        wide = wide and name not in self.buffer_names
-        return torch.bfloat16 if wide else stored
+        wide = stored.itemsize > 2 and stored.is_floating_point and name not in self.buffer_names
+        return torch.bfloat16 if wide and self.unquantized_dtype == "auto" else stored
 
     def tokenizer(self):
         """The model's tokenizer.
@@ -245,6 +244,7 @@ class SourceModel:
         prefix = self.block_prefix(index)
         return Block(index, prefix, self.decoder.layers[index], self.groups[index], self._kwargs[index])
 
+    @cached_property
     def kinds(self) -> list[tuple[Block, int]]:
         """Decoder layers of the same linear layers as one: an empty block, and the number of such layers."""
         counts = Counter(self.groups)

@@ -13,6 +13,7 @@ from bq_kernels.format import FormatError, QuantConfig
 from rich.progress import Progress
 
 from . import parallel, preflight
+from .architecture import other_matrices
 from .data import gather_tokens
 from .end_to_end import CURVE, TrainingText, train_end_to_end
 from .errors import UserError, explain_write
@@ -206,7 +207,7 @@ class Calibration:
 
     def _format(self) -> QuantConfig:
         """The checkpoint's format, checked against the shapes of the model's layers."""
-        blocks = [block for block, _ in self.source.kinds()]
+        blocks = [block for block, _ in self.source.kinds]
         embeddings = packed_embeddings(self.recipe, self.source.embedding_names, self.source.name)
         if embeddings and tied_head(self.source.skeleton) and len(self.source.embedding_names) == 2:
             raise UserError(
@@ -217,7 +218,7 @@ class Calibration:
         if self.recipe.target_bpw is not None and any(group.experts for group in widths):
             raise UserError("--target-bpw: a mixture of experts has the same bits everywhere; use --bits")
         config = quant_config(self.recipe, widths, embeddings)
-        others = dict.fromkeys(name for block in blocks for name in block.other_linears())
+        others = dict.fromkeys(name for block in blocks for name in other_matrices(block.module, block.groups))
         kept = (*config.modules_to_not_convert, *others, *self.source.other_parts)
         config = dataclasses.replace(config, modules_to_not_convert=kept)
         try:

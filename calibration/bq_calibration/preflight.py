@@ -130,8 +130,8 @@ def plan(source: SourceModel, config: QuantConfig, recipe: Recipe, memory_budget
         UserError: if it does not fit into `memory_budget` bytes.
     """
     packed = shared = weights = 0
-    for block, count in source.kinds():
-        stored, again = _layer_bytes(block, config)
+    for block, count in source.kinds:
+        stored, again = layer_bytes(block, config)
         packed, shared, weights = packed + count * stored, shared + count * again, weights + count * block.weights()
     shapes = {name: source.store.shape(name) for name in source.store.names() if name not in source.linear_weights}
     embeddings = {name: shapes.pop(f"{name}.weight") for name in source.embedding_names if config.packs(name)}
@@ -153,12 +153,12 @@ def plan(source: SourceModel, config: QuantConfig, recipe: Recipe, memory_budget
             _memory(source, recipe, memory_budget),
             _embedding_memory(source, recipe, embeddings),
         ),
-        sum(count * _operations(block, recipe) for block, count in source.kinds())
+        sum(count * _operations(block, recipe) for block, count in source.kinds)
         + _embedding_operations(recipe, weights, embeddings),
     )
 
 
-def _layer_bytes(block: Block, config: QuantConfig) -> tuple[int, int]:
+def layer_bytes(block: Block, config: QuantConfig) -> tuple[int, int]:
     """Bytes of the packed linear layers of a decoder layer; and those of them that are angles once more."""
     stored = again = 0
     for group in block.groups:
@@ -215,7 +215,7 @@ def _memory(source: SourceModel, recipe: Recipe, budget: int) -> int:
     """
     corrects = bool(recipe.correction)
     states = _states(source, recipe) * (1 + bool(recipe.block_tokens or corrects) + corrects) // parallel.size()
-    layer = max(_layer_memory(block, recipe, source.dtype.itemsize) for block, _ in source.kinds())
+    layer = max(_layer_memory(block, recipe, source.dtype.itemsize) for block, _ in source.kinds)
     blocks = PROCESS + states + layer
     if blocks > budget:
         raise UserError(
@@ -233,7 +233,7 @@ def _layer_memory(block: Block, recipe: Recipe, item: int) -> int:
     rounded = features = held = 0
     for group in block.groups:
         part = group.parts()[0]  # one expert is rounded at a time, and few of them read a token
-        weights = sum(layer.in_features * layer.out_features for layer in block.linears(part).values())
+        weights = block.weights(part)
         rounded += weights
         held += weights * max(group.experts - 1, 0)
         features += sum(layer.in_features + layer.out_features for layer in block.linears(part).values())

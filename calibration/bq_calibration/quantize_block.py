@@ -46,11 +46,12 @@ def quantize_block(
         UserError: if an input holds NaN or infinity.
     """
     tensors: dict[str, torch.Tensor] = {}
-    reports = []
+    reports, routed = [], None
     for place, group in enumerate(block.groups):
         seed = derive_seed(recipe.seed, block.index, place)
         if group.experts:
-            found, report = _quantize_experts(block, group, block.routed(hidden, group), config, recipe, seed)
+            routed = routed or block.routed(hidden, group)  # what experts read does not depend on their own layers
+            found, report = _quantize_experts(block, group, routed, config, recipe, seed)
         else:
             statistics = block.capture(hidden, group, original)
             found, report = parallel.from_first(

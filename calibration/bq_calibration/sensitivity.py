@@ -9,7 +9,6 @@ in memory at a time, give g and H of every linear layer.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,6 +21,7 @@ from .architecture import InputGroup
 from .block import Block
 from .errors import UserError
 from .model import SourceModel
+from .preflight import layer_bytes
 from .quantize_block import rotated, round_weight
 from .recipes import Recipe
 from .rotation import MOST_ROWS
@@ -49,14 +49,9 @@ def mixed_bits(
         UserError: if the budget does not suffice for the recipe's own bits.
     """
     block = source.empty_block(0)
-    weights, stored = {}, 0
-    for group in block.groups:
-        layers = block.linears(group)
-        weights[group] = sum(layer.in_features * layer.out_features for layer in layers.values())
-        for name, layer in layers.items():
-            for suffix, spec in config.tensors(name, layer.in_features, layer.out_features).items():
-                if suffix != "angles" or name == group.layers[0]:
-                    stored += math.prod(spec.shape) * spec.dtype.itemsize * 8
+    weights = {group: block.weights(group) for group in block.groups}
+    everything, again = layer_bytes(block, config)
+    stored = 8 * (everything - again)
     budget = (recipe.target_bpw * sum(weights.values()) - stored) * source.num_blocks
     if budget < 0:
         least = stored / sum(weights.values())

@@ -116,10 +116,9 @@ def _features_per_token(block: Block, source: SourceModel) -> float:
 
 def _memory(source: SourceModel, recipe: Recipe, plan: TrainingPlan, states: int) -> int:
     """Bytes that training takes at its peak, about."""
-    kinds = source.kinds()
-    weights_of = [block.weights() for block, _ in kinds]
-    features_of = [_features_per_token(block, source) for block, _ in kinds]
-    weights, whole_weights = max(weights_of), sum(w * count for w, (_, count) in zip(weights_of, kinds, strict=True))
+    kinds = source.kinds
+    weights = max(block.weights() for block, _ in kinds)
+    whole_weights = sum(block.weights() * count for block, count in kinds)
     group = recipe.group_size if recipe.group_size > 0 else source.text_config.hidden_size
     per_weight = PER_GROUP / group
     latent, gradient, moments = CODES[plan.optimizer_bits]
@@ -135,8 +134,9 @@ def _memory(source: SourceModel, recipe: Recipe, plan: TrainingPlan, states: int
     at_work = weights * (4 + item + (gradient if recipe.train_codes else 4))
     kept_weights = item * whole_weights if recipe.train_codes and not plan.recompute else 0
     tokens = plan.micro_batch * recipe.seqlen
-    features = sum(f * count for f, (_, count) in zip(features_of, kinds, strict=True))
-    features = max(features_of) if plan.recompute else features
+    # of one layer at a time, or of all
+    features = (_features_per_token(block, source) * (1 if plan.recompute else count) for block, count in kinds)
+    features = max(features) if plan.recompute else sum(features)
     activations = tokens * int(PER_FEATURE * features + 4 * source.text_config.hidden_size * source.num_blocks)
     original = source.vocabulary * source.text_config.hidden_size * (4 + item)  # embedding and LM head
     teacher = 0 if plan.stores_teacher else source.dtype.itemsize * whole_weights + original

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,15 +72,6 @@ def random_layers(model: Path, bits: int, group: int, symmetric: bool = False, s
     return layers
 
 
-def write_dense(model: Path, out: Path, layers: dict[str, Layer]) -> Path:
-    """A copy of a model in float32 with the weights that some layers stand for."""
-    shutil.copytree(model, out)
-    tensors = {name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()}
-    tensors |= {f"{name}.weight": layer.weight().float() for name, layer in layers.items()}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    return out
-
-
 def write(
     model: Path, out: Path, layers: dict[str, Layer], pack: Callable[[Layer], Table], config: dict | None
 ) -> Path:
@@ -129,6 +119,11 @@ def to_int32(words: list[list[int]]) -> torch.Tensor:
 
 
 # ---- packers
+
+
+def dense(layer: Layer) -> Table:
+    """Not packed: the weight itself."""
+    return {"weight": layer.weight().float()}
 
 
 def gptq(offset: int) -> Callable[[Layer], Table]:

@@ -42,8 +42,10 @@ def assert_exact(model: Path, layers: dict[str, foreign.Layer], checkpoint: Path
     assert set(found) == set(layers)
     for name, layer in layers.items():
         assert torch.equal(found[name].to_dense(torch.float32).weight, layer.weight().float()), name
-    folder = foreign.write_dense(model, checkpoint.with_name(f"{checkpoint.name}-dense"), layers)
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    folder = checkpoint.with_name(f"{checkpoint.name}-dense")
+    dense = AutoModelForCausalLM.from_pretrained(
+        foreign.write(model, folder, layers, foreign.dense, None), dtype=torch.float32
+    )
     torch.testing.assert_close(logits(loaded), logits(dense), rtol=0, atol=1e-4 * logits(dense).abs().max().item())
     return inspect(str(checkpoint))
 

@@ -11,7 +11,7 @@ from bq_kernels.format import QuantConfig
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ..architecture import check_architecture, input_groups
+from ..architecture import check_architecture, input_groups, other_matrices
 from ..checkpoint import quantized_layers
 from ..errors import UserError, explain
 from ..files import copy_carried
@@ -88,10 +88,8 @@ class Source(ABC):
 
     def routers(self) -> list[str]:
         """Names inside a decoder layer of matrices that are no linear layers of its groups."""
-        prefix, layers = f"{decoder_name(self.skeleton)}.layers.", self.model_layers()
-        matrices = [name for name, tensor in self.skeleton.state_dict().items() if tensor.dim() == 2]
-        modules = [name.removesuffix(".weight") for name in matrices if name.startswith(prefix)]
-        return sorted({name.removeprefix(prefix).partition(".")[2] for name in modules if name not in layers})
+        layers = zip(self.skeleton.get_decoder().layers, input_groups(self.skeleton), strict=True)
+        return sorted({name for layer, groups in layers for name in other_matrices(layer, groups)})
 
     def check_fused(self) -> None:
         """Refuse layers that share an input and are quantized differently: vLLM fuses them.
