@@ -51,13 +51,13 @@ def generate(model) -> list[dict]:
     return answers
 
 
-def error_bound(dtype: str, wanted: list[dict]) -> float:
+def error_bound(dtype: str, wanted: list[dict], sums: int = 16) -> float:
     """The largest error of a log-probability that a dtype explains.
 
     Two terms, relative to the largest log-probability: weights and activations are rounded to the dtype, and sums of
-    float32 have another order than those of the reference.
+    float32 have another order than those of the reference, which counts `sums` times.
     """
-    rounding = 4 * torch.finfo(getattr(torch, dtype)).eps + 32 * torch.finfo(torch.float32).eps
+    rounding = 4 * torch.finfo(getattr(torch, dtype)).eps + sums * torch.finfo(torch.float32).eps
     return rounding * max(abs(value) for answer in wanted for value in (*answer["logprobs"], *answer["prompt"]))
 
 

@@ -32,10 +32,10 @@ A checkpoint is computed in five ways. The first is the reference, in float32:
 
 The others must give the reference's log-probabilities, of a prompt's tokens and of greedy ones, within a bound, and
 the same greedy tokens. A token may differ only where the two likeliest tokens of the reference are closer than twice
-the bound: a tie. The bound is (4 ε + 32 ε₃₂) L: ε the machine epsilon of the dtype, for weights and activations that
-are rounded to it; ε₃₂ that of float32, for sums in another order; L the largest magnitude of a log-probability. In 16
-bits one value in twenty of a mixture of experts may lie outside: a token that stands between two experts goes to the
-other one.
+the bound: a tie. The bound is (4 ε + n ε₃₂) L: ε the machine epsilon of the dtype, for weights and activations that
+are rounded to it; ε₃₂ that of float32, for sums in another order, n = 16, and 32 in a mixture of experts, which sums
+over these too; L the largest magnitude of a log-probability. In 16 bits one value in twenty of a mixture may lie
+outside: a token that stands between two experts goes to the other one.
 
 Models are random: two decoder layers, 128 features, calibrated by `bq-calibrate`. There are eight prompts of 1 to 120
 tokens. The first is asked alone (batch 1), then all at once (batch 8).

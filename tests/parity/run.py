@@ -65,8 +65,9 @@ class Prepared:
 
         Rounded to 16 bits, a token of a mixture that stands between two experts may go to the other one.
         """
-        routed = architecture_of(self.case) in MIXTURES and self.case["dtype"] != "float32"
-        return compare(found, wanted, error_bound(self.case["dtype"], wanted), OTHER_EXPERTS if routed else 0.0)
+        mixture, dtype = architecture_of(self.case) in MIXTURES, self.case["dtype"]
+        bound = error_bound(dtype, wanted, 32 if mixture else 16)  # a mixture sums over experts too
+        return compare(found, wanted, bound, OTHER_EXPERTS if mixture and dtype != "float32" else 0.0)
 
     def by_transformers(self) -> dict[str, dict]:
         """Checks of the packed checkpoint and of the model that it dequantizes to."""

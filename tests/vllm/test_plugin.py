@@ -197,10 +197,13 @@ def test_names_follow_the_model(config, dot):
     from vllm.model_executor.models.utils import WeightsMapper
 
     prefixes = {f"model.visual{dot}": f"visual{dot}", f"lm_head{dot}": f"language_model.lm_head{dot}"}
-    quant = config(skip=("model.visual",), module_bits={"model.visual.fc1": 4, "lm_head": 3})
+    quant = config(skip=("lm_head", "model.visual"), module_bits={"model.visual.fc1": 4})
     quant.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=prefixes))
-    assert quant.quant.modules_to_not_convert == ("visual",)
-    assert quant.quant.module_bits == {"visual.fc1": 4, "language_model.lm_head": 3}
+    assert quant.quant.modules_to_not_convert == ("language_model.lm_head", "visual")
+    assert quant.quant.module_bits == {"visual.fc1": 4}
+    packed = config(skip=("model.visual",), module_bits={"lm_head": 3})
+    packed.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=prefixes))
+    assert packed.quant.module_bits == {"language_model.lm_head": 3}
 
 
 def test_fused_layers_must_agree(config, linear):
