@@ -1,7 +1,7 @@
 """The version matrix: the plugin with every minor of vLLM's CPU build that PyPI has within the declared range, and
 calibration with the oldest and the newest torch and transformers.
 
-    nox                                    all of it: an environment per column, a few minutes and 5 GB each
+    nox                                    all of it: an environment per row, a few minutes and 5 GB each
     nox -s "plugin(vllm='0.30.0')"         one of them
 
 docs/versions.md has the last results. Tests are those that meet other people's interfaces: layers and engines in vLLM,
