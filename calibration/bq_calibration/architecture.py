@@ -116,6 +116,7 @@ ARCHITECTURES: dict[str, tuple[Groups, ...]] = {
     "olmoe": _MIXTURE,
     "qwen2_moe": (_ATTENTION + _experts() + _feed_forward("mlp.shared_expert"), *_DENSE),
     "qwen3_moe": _MIXTURE,
+    "gpt_oss": (_ATTENTION + _experts(),),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     # multimodal: layers of the text decoder
@@ -124,6 +125,8 @@ ARCHITECTURES: dict[str, tuple[Groups, ...]] = {
     "qwen2_5_vl": _DENSE,
     "qwen3_vl": _DENSE,
 }
+# those of them whose files hold one tensor for all experts: here each has layers of its own, called as in other models
+STACKED = ("gpt_oss",)
 # those of them that take pictures: the text decoder is quantized, vision tower and projector stay as they are
 MULTIMODAL = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl")
 

@@ -1,35 +1,62 @@
-"""Experts of a mixture as files have them, each with linear layers of its own; transformers stacks their weights."""
+"""Experts of a mixture, each with linear layers of its own; transformers stacks their weights, some files do too."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architecture import expert_layers
+from .architecture import STACKED, expert_layers
+from .store import Slice, TensorStore
+
+# (gate, up): what an expert's down layer reads
+Gating = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, act: nn.Module) -> torch.Tensor:
+    """act(gate) · up."""
+    return act(gate) * up
+
+
+def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """gate · sigmoid(alpha · gate) · (up + 1), of values within the limit (gpt-oss)."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def _gating(stacked: nn.Module) -> Gating:
+    if hasattr(stacked, "act_fn"):
+        return functools.partial(gated, act=stacked.act_fn)
+    return functools.partial(clamped_swiglu, alpha=stacked.alpha, limit=stacked.limit)
 
 
 class Expert(nn.Module):
-    """One expert: down(act(gate(x)) · up(x)).
+    """One expert: down(gating(gate(x), up(x))).
 
     Args:
         hidden: features of its input and output.
         width: features between its layers.
         names: of its gate, up and down.
-        act: activation function.
+        gating: what the gate does with the other.
+        bias: whether its layers have one.
         like: gives dtype and device of its weights.
     """
 
-    def __init__(self, hidden: int, width: int, names: tuple[str, str, str], act: nn.Module, like: torch.Tensor):
+    def __init__(
+        self, hidden: int, width: int, names: tuple[str, str, str], gating: Gating, bias: bool, like: torch.Tensor
+    ):
         super().__init__()
-        self.names, self.act = names, act
+        self.names, self.gating = names, gating
         for name, features in zip(names, ((hidden, width), (hidden, width), (width, hidden)), strict=True):
-            self.add_module(name, nn.Linear(*features, bias=False, dtype=like.dtype, device=like.device))
+            self.add_module(name, nn.Linear(*features, bias=bias, dtype=like.dtype, device=like.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] to the same."""
         gate, up, down = (getattr(self, name) for name in self.names)
-        return down(self.act(gate(x)) * up(x))
+        return down(self.gating(gate(x), up(x)))
 
 
 class Experts(nn.ModuleList):
@@ -37,13 +64,17 @@ class Experts(nn.ModuleList):
 
     Args:
         stacked: that module, with weights `gate_up_proj` [experts, 2·width, hidden] and `down_proj`
-            [experts, hidden, width]; only their shapes are taken over.
+            [experts, hidden, width], or, if it has biases, these with the last two dimensions exchanged; only their
+            shapes are taken over.
         names: of an expert's gate, up and down.
     """
 
     def __init__(self, stacked: nn.Module, names: tuple[str, str, str]):
-        count, hidden, width = stacked.down_proj.shape
-        super().__init__(Expert(hidden, width, names, stacked.act_fn, stacked.down_proj) for _ in range(count))
+        bias = hasattr(stacked, "down_proj_bias")
+        count, *features = stacked.down_proj.shape
+        width, hidden = features if bias else reversed(features)
+        one = functools.partial(Expert, hidden, width, names, _gating(stacked), bias, stacked.down_proj)
+        super().__init__(one() for _ in range(count))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -78,6 +109,24 @@ def split_experts(model: PreTrainedModel) -> None:
             if all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in stacked):
                 layer.set_submodule(name, Experts(module, names))
                 _rename(layer, name.split(".")[0], path.split(".")[0])
+
+
+def split_tensors(store: TensorStore, model_type: str) -> None:
+    """Let the store of a model give the tensors of every expert, if its files stack them."""
+    if model_type not in STACKED:
+        return
+    path, (gate, up, down) = expert_layers(model_type)
+    parts: dict[str, dict[str, slice]] = {}
+    for last, suffix in (("", "weight"), ("_bias", "bias")):
+        # a gate's column stands beside that of its up
+        parts[f"gate_up_proj{last}"] = {f"{gate}.{suffix}": slice(0, None, 2), f"{up}.{suffix}": slice(1, None, 2)}
+        parts[f"down_proj{last}"] = {f"{down}.{suffix}": slice(None)}
+    for name in store.names():
+        prefix, _, last = name.rpartition(".")
+        if prefix.endswith(path) and last in parts:
+            experts = range(store.shape(name)[0])
+            new = {f"{prefix}.{e}.{part}": Slice(e, columns) for e in experts for part, columns in parts[last].items()}
+            store.split(name, new)
 
 
 def _rename(layer: nn.Module, old: str, new: str) -> None:

@@ -21,6 +21,7 @@ from .architecture import check_architecture, input_groups
 from .block import Block
 from .compute import compute_dtypes
 from .errors import UserError, explain
+from .experts import split_tensors
 from .files import WEIGHTS, read_json
 from .skeleton import decoder_name, empty_model, model_names, other_parts, tied_head
 from .store import FLOATS, TensorStore
@@ -89,6 +90,7 @@ class SourceModel:
             raise UserError(f"{self.folder}: already quantized ({method}); calibration starts from the 16-bit model")
         check_architecture(self.config_dict.get("model_type", "without a model_type"))
         self.store = TensorStore.of_model(self.folder)
+        split_tensors(self.store, self.config_dict["model_type"])
         with explain(f"{self.folder / 'config.json'}: transformers cannot read it"):
             self.config = AutoConfig.from_pretrained(self.folder)
             self.skeleton = empty_model(self.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -69,6 +70,24 @@ def model_files(folder: Path) -> list[Path]:
     return files
 
 
+@dataclass(frozen=True)
+class Slice:
+    """A part of a stored tensor [count, …, columns]: of one entry some columns, the last two dimensions exchanged.
+
+    Attributes:
+        index: of the entry.
+        columns: of it.
+    """
+
+    index: int
+    columns: slice
+
+    def of(self, entry: torch.Tensor) -> torch.Tensor:
+        """The part of an entry that has been read: a matrix, or a vector."""
+        part = entry[..., self.columns]
+        return (part.T if part.dim() == 2 else part).contiguous()
+
+
 class TensorStore:
     """Tensors of safetensors files.
 
@@ -86,6 +105,7 @@ class TensorStore:
         if not self.files:
             raise UserError(f"{folder}: no .safetensors file")
         self._place: dict[str, tuple[Path, str]] = {}  # file, and name in it
+        self._slices: dict[str, Slice] = {}
         for file in self.files:
             try:
                 with safe_open(file, framework="pt") as handle:
@@ -112,6 +132,18 @@ class TensorStore:
             names: new name by name in the files.
         """
         self._place = {new: self._place[old] for old, new in names.items()}
+        self._slices = {names[old]: part for old, part in self._slices.items() if old in names}
+
+    def split(self, name: str, parts: dict[str, Slice]) -> None:
+        """Give parts of a tensor as tensors of their own from now on, in its place.
+
+        Args:
+            name: of the tensor.
+            parts: by new name.
+        """
+        place = self._place.pop(name)
+        self._place |= dict.fromkeys(parts, place)
+        self._slices |= parts
 
     def __contains__(self, name: str) -> bool:
         return name in self._place
@@ -127,14 +159,17 @@ class TensorStore:
             UserError: if it is missing.
         """
         file, stored = self._find(name)
+        part = self._slices.get(name)
         with safe_open(file, framework="pt") as handle:
-            return handle.get_tensor(stored)
+            return handle.get_tensor(stored) if part is None else part.of(handle.get_slice(stored)[part.index])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading its data."""
         file, stored = self._find(name)
         with safe_open(file, framework="pt") as handle:
-            return tuple(handle.get_slice(stored).get_shape())
+            shape = tuple(handle.get_slice(stored).get_shape())
+        part = self._slices.get(name)
+        return shape if part is None else tuple(part.of(torch.empty(shape[1:], device="meta")).shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor, without reading its data."""

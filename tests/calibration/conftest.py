@@ -54,6 +54,14 @@ CONFIGS = {
         **SIZES, **EXPERTS, moe_intermediate_size=64, shared_expert_intermediate_size=128, mlp_only_layers=[0]
     ),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, moe_intermediate_size=64, head_dim=32),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **SIZES | dict(intermediate_size=64),
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        head_dim=32,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "deepseek_v2": lambda: transformers.DeepseekV2Config(
         **SIZES, **LATENT | dict(q_lora_rank=None), topk_method="group_limited_greedy"
     ),

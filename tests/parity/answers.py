@@ -61,7 +61,7 @@ def error_bound(dtype: str, wanted: list[dict], sums: int = 16) -> float:
     return rounding * max(abs(value) for answer in wanted for value in (*answer["logprobs"], *answer["prompt"]))
 
 
-def compare(found: list[dict], wanted: list[dict], bound: float, outside: float = 0.0) -> dict:
+def compare(found: list[dict], wanted: list[dict], bound: float) -> dict:
     """Whether answers are the wanted ones.
 
     Log-probabilities may differ by the bound. A token may differ only where the two likeliest tokens are within twice
@@ -71,7 +71,6 @@ def compare(found: list[dict], wanted: list[dict], bound: float, outside: float 
         found: answers to the first prompts.
         wanted: answers to all prompts, with margins.
         bound: of a log-probability.
-        outside: share of log-probabilities and tokens that may differ by more.
 
     Returns:
         `passed`, the largest `error`, the number of equal `tokens`, of `ties` and of values `outside` the bound.
@@ -93,4 +92,4 @@ def compare(found: list[dict], wanted: list[dict], bound: float, outside: float 
             errors.append(abs(logprob - expected[1]))
     wrong += sum(not error <= bound for error in errors)  # NaN is wrong
     found = {"error": max(errors), "bound": bound, "tokens": tokens, "ties": ties, "outside": wrong}
-    return {"passed": wrong <= outside * (len(errors) + ties)} | found
+    return {"passed": not wrong} | found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
 from bq_calibration import calibrate
-from bq_calibration.architecture import expert_layers
+from bq_calibration.architecture import STACKED, expert_layers
 from safetensors.torch import load_file, save_file
 
 from ..calibration.conftest import CONFIGS, MULTIMODAL_CONFIGS, make_model, make_text
@@ -27,6 +28,7 @@ ROTATIONS = {
 }
 # codes need not be good ones: what is compared is how they are read
 QUICK = dict(rounding="rtn", refine=0, steps=0, compare=False, samples=2, seqlen=16)
+EMBEDDING = "embed_tokens.weight"
 PACKED = (".qweight", ".scales", ".zeros", ".angles")
 
 
@@ -54,11 +56,28 @@ def write_source(folder: Path, case: Case) -> Path:
     if hasattr(vision, "out_hidden_size"):
         vision.out_hidden_size = WIDTHS["hidden_size"]
     make_model(folder, architecture, config=config)
+    tensors = load_file(folder / "model.safetensors")
     if _is_tied(folder):  # else the token just seen would be the likeliest
-        tensors = load_file(folder / "model.safetensors")
-        tensors |= {name: 0.1 * tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        tensors |= {name: 0.1 * tensor for name, tensor in tensors.items() if name.endswith(EMBEDDING)}
+    if expert_layers(architecture):
+        tensors |= decided_routes(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def decided_routes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The embedding with one of eight long directions added to each token, and routers that tell these apart.
+
+    Random routers leave many a token between two experts, and rounding sends it to the other one.
+    """
+    (name,) = (name for name in tensors if name.endswith(EMBEDDING))
+    directions = torch.linalg.qr(torch.randn(tensors[name].shape[1], 8)).Q.T
+    # longer than what layers add to a token, which in turn is longer than the token itself would be
+    found = {name: 6 * tensors[name] + 200 * directions[torch.arange(len(tensors[name])) % 8]}
+    for router in [name for name in tensors if name.endswith((".gate.weight", ".router.weight"))]:
+        levels = torch.linspace(0, 1, len(tensors[router])) ** 1.5  # sums over groups of experts differ, too
+        found[router] = torch.stack([0.7 * levels[torch.randperm(len(levels))] for _ in range(8)], 1) @ directions
+    return found
 
 
 def write_checkpoint(folder: Path, source: Path, case: Case) -> Path:
@@ -95,6 +114,8 @@ def write_dense(folder: Path, source: Path, state: dict[str, torch.Tensor]) -> P
     folder.mkdir()
     for file in source.glob("*.json"):
         shutil.copy(file, folder)
+    if json.loads((source / "config.json").read_text())["model_type"] in STACKED:
+        state = tiny.stacked(state)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from .pairwise import Case, by_new_pairs, covering
 
 OFF, ON = "off", "on"
-MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
-LATENT = MIXTURES[-2:]  # with multi-head latent attention
+LATENT = ("deepseek_v2", "deepseek_v3")  # with multi-head latent attention
+MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", *LATENT, "gpt_oss")
 FACTORS: dict[str, tuple] = {  # the first value of each is the one that most cases have
     "architecture": (
         *("llama", "llama, tied head", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"),

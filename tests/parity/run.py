@@ -26,7 +26,6 @@ from .matrix import LATENT, MIXTURES, ON, REFUSALS, default_case
 from .pairwise import Case
 
 BACKENDS = {"vLLM dense": "dense", "vLLM Triton": "triton"}
-OTHER_EXPERTS = 0.05  # share of values that may lie outside the bound
 TIMEOUT = 3600  # seconds for a process; its engines are many and a machine may be busy
 
 
@@ -61,13 +60,9 @@ class Prepared:
         return generate(self.model(write_dense(self.folder / name, self.source, state), "float32"))
 
     def check(self, found: list[dict], wanted: list[dict]) -> dict:
-        """Compare answers within the bound of the case's dtype.
-
-        Rounded to 16 bits, a token of a mixture that stands between two experts may go to the other one.
-        """
-        mixture, dtype = architecture_of(self.case) in MIXTURES, self.case["dtype"]
-        bound = error_bound(dtype, wanted, 32 if mixture else 16)  # a mixture sums over experts too
-        return compare(found, wanted, bound, OTHER_EXPERTS if mixture and dtype != "float32" else 0.0)
+        """Compare answers within the bound of the case's dtype; a mixture sums over experts too."""
+        sums = 32 if architecture_of(self.case) in MIXTURES else 16
+        return compare(found, wanted, error_bound(self.case["dtype"], wanted, sums))
 
     def by_transformers(self) -> dict[str, dict]:
         """Checks of the packed checkpoint and of the model that it dequantizes to."""

@@ -225,21 +225,27 @@ def merge_lora(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Te
 
 def stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict with the weights of experts as transformers has them: one tensor for all, gate and up together."""
-    found: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
+    found: dict[str, dict[tuple[str, str], list[torch.Tensor]]] = {}
     rest = {}
     own = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's names
-    for name, tensor in state.items():
-        name = name.replace(".block_sparse_moe.", ".mlp.")
-        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name):
-            prefix, expert, kind = match.groups()
-            found.setdefault(prefix, {})[int(expert), own.get(kind, kind).removesuffix("_proj")] = tensor
+    for name in sorted(state, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")]):
+        renamed = name.replace(".block_sparse_moe.", ".mlp.")
+        if match := re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)\.(weight|bias)", renamed):
+            prefix, kind, suffix = match.groups()
+            place = own.get(kind, kind).removesuffix("_proj"), suffix
+            found.setdefault(prefix, {}).setdefault(place, []).append(state[name])
         else:
-            rest[name] = tensor
-    for prefix, tensors in found.items():
-        experts = range(len(tensors) // 3)
-        gate_up = [torch.cat([tensors[expert, "gate"], tensors[expert, "up"]]) for expert in experts]
-        rest[f"{prefix}.gate_up_proj"] = torch.stack(gate_up)
-        rest[f"{prefix}.down_proj"] = torch.stack([tensors[expert, "down"] for expert in experts])
+            rest[renamed] = state[name]
+    for prefix, lists in found.items():
+        gate, up, down = (torch.stack(lists[kind, "weight"]) for kind in ("gate", "up", "down"))
+        if ("down", "bias") in lists:  # gpt-oss: inputs first; a gate's column beside that of its up
+            biases = (torch.stack(lists[kind, "bias"]) for kind in ("gate", "up", "down"))
+            rest[f"{prefix}.gate_up_proj"] = torch.stack((gate.mT, up.mT), -1).flatten(-2)
+            rest[f"{prefix}.down_proj"] = down.mT.contiguous()
+            rest[f"{prefix}.gate_up_proj_bias"] = torch.stack((next(biases), next(biases)), -1).flatten(-2)
+            rest[f"{prefix}.down_proj_bias"] = next(biases)
+        else:
+            rest[f"{prefix}.gate_up_proj"], rest[f"{prefix}.down_proj"] = torch.cat((gate, up), 1), down
     return rest
 
 
