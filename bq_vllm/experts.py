@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from types import MethodType
 
 import torch
@@ -22,6 +23,22 @@ from .linear import check_shard
 
 SHARDS = ("w1", "w3", "w2")  # vLLM's names of an expert's gate, up and down
 PAIR, DOWN = "w13", "w2"  # of the parameters that hold gate and up, and down
+BIAS = "bias"
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # of "swigluoai", in vLLM too, whatever the config says
+
+
+def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gate · sigmoid(α gate) · (up + 1), of values within the limit (gpt-oss)."""
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+
+
+GATINGS = {"silu": lambda gate, up: F.silu(gate) * up, "swigluoai": clamped_swiglu}  # by vLLM's names
+
+
+def activation_of(layer: torch.nn.Module) -> str:
+    """vLLM's name of what the experts' gate does with the other."""
+    return getattr(layer.activation, "value", layer.activation)
 
 
 def layer_names(module: str) -> dict[str, str]:
@@ -50,8 +67,12 @@ def load_expert(
         return False if return_success else None
     module = f"{method.module}.{expert_id}.{method.names[shard_id]}"
     rows, columns = layer.butterfly_shapes[shard_id]
-    method.config.tensors(module, columns, rows)[suffix].check(f"{module}.{suffix}", loaded_weight)
     name = DOWN if shard_id == "w2" else PAIR
+    if suffix == BIAS:
+        if loaded_weight.shape != (rows,):
+            raise FormatError(f"{module}.{suffix}: expected [{rows}], found {list(loaded_weight.shape)}")
+    else:
+        method.config.tensors(module, columns, rows)[suffix].check(f"{module}.{suffix}", loaded_weight)
     if suffix == "angles":
         blocks = len(param)
         # vLLM's reload counts copies until a layer is whole, at first into parameters on the meta device: so the angles
@@ -61,6 +82,8 @@ def load_expert(
             raise FormatError(f"{module}.angles differs from those of other experts, which share one rotation")
         if first is loaded_weight:
             param.data.copy_(first.narrow(0, rank * blocks if len(first) > blocks else 0, blocks))
+    elif suffix == BIAS and shard_id == "w2":  # ranks add up what they compute
+        param.data[local].copy_(loaded_weight if rank == 0 else torch.zeros_like(loaded_weight))
     elif shard_id == "w2":  # cut by columns, but for one scale per row
         width = param.shape[2]
         whole = loaded_weight.shape[1] == width
@@ -101,8 +124,8 @@ class StoredExperts:
         """Register the stored tensors of this rank's experts, floats as NaN so that one that is never loaded is found.
 
         `w13_*` hold gate and up one after the other, `w2_*` down: `qweight` int32 [experts, N, K·bits/32], `scales`
-        and `zeros` float16 [experts, N, K/group], and `angles` float16 [K/block, angles per block], which all experts
-        share.
+        and `zeros` float16 [experts, N, K/group], `angles` float16 [K/block, angles per block], which all experts
+        share, and `bias` [experts, N] of `params_dtype` where experts have one.
 
         Raises:
             FormatError: if a tensor-parallel shard would cut a rotation block or a group.
@@ -119,10 +142,41 @@ class StoredExperts:
         ):
             for suffix, spec in self.config.tensors(f"{self.module}.0.{last}", columns, rows).items():
                 shape = spec.shape if suffix == "angles" else (num_experts, *spec.shape)
-                data = torch.full(shape, math.nan if spec.dtype.is_floating_point else 0, dtype=spec.dtype)
-                param = Parameter(data, requires_grad=False)
-                param.suffix, param.weight_loader = suffix, loader
-                layer.register_parameter(f"{name}_{suffix}", param)
+                _register(layer, name, suffix, shape, spec.dtype, loader)
+            if getattr(layer.moe_config, "has_bias", False):
+                _register(layer, name, BIAS, (num_experts, rows), params_dtype, loader)
+
+    def load_named(self, layer: torch.nn.Module, expert: int, last: str, suffix: str, tensor: torch.Tensor) -> str:
+        """Load a tensor by its name in the checkpoint.
+
+        Args:
+            layer: the experts.
+            expert: its number.
+            last: name of its layer.
+            suffix: of the tensor.
+            tensor: of the whole expert.
+
+        Returns:
+            The name of the parameter that holds it.
+
+        Raises:
+            FormatError: as `load_expert`, and if there is no such tensor in the format.
+        """
+        shard_id = {own: shard for shard, own in self.names.items()}.get(last)
+        name = f"{DOWN if shard_id == 'w2' else PAIR}_{suffix}"
+        param = getattr(layer, name, None)
+        if shard_id is None or param is None:
+            raise FormatError(f"{self.module}.{expert}.{last}.{suffix}: no tensor of a packed expert")
+        param.weight_loader(param, tensor, name, shard_id, expert)
+        return name
+
+    def _suffixes(self, layer: torch.nn.Module, shard_id: str) -> Iterator[tuple[str, str]]:
+        """The tensors that a layer of every expert has, and how each is described."""
+        rows, columns = layer.butterfly_shapes[shard_id]
+        for suffix, spec in self.config.tensors(f"{self.module}.0.{self.names[shard_id]}", columns, rows).items():
+            yield suffix, f"{spec.dtype} {list(spec.shape)}"
+        if hasattr(layer, f"{DOWN}_{BIAS}"):
+            yield BIAS, str([rows])
 
     def _finish_loading(self, layer: torch.nn.Module) -> None:
         """Refuse missing tensors."""
@@ -133,13 +187,11 @@ class StoredExperts:
             return
         for shard_id, last in self.names.items():
             name = DOWN if shard_id == "w2" else PAIR
-            rows, columns = layer.butterfly_shapes[shard_id]
-            for suffix, spec in self.config.tensors(f"{self.module}.0.{last}", columns, rows).items():
+            for suffix, expected in self._suffixes(layer, shard_id):
                 for expert in range(len(layer.w13_qweight)):
                     if (name, suffix, expert, shard_id) not in loaded:
                         raise FormatError(
-                            f"{self.module}.{expert}.{last}.{suffix}: missing from the checkpoint; expected "
-                            f"{spec.dtype} {list(spec.shape)}"
+                            f"{self.module}.{expert}.{last}.{suffix}: missing from the checkpoint; expected {expected}"
                         )
         loaded.clear()
 
@@ -162,6 +214,19 @@ class StoredExperts:
         zeros = stored.get("zeros", [None] * len(stored["qweight"]))
         packed = zip(stored["qweight"], stored["scales"], zeros, strict=True)
         return [(*tensors, angles, block, columns) for tensors in packed]
+
+
+def _register(layer, name: str, suffix: str, shape: tuple[int, ...], dtype: torch.dtype, loader: MethodType) -> None:
+    """Register a parameter, floats as NaN."""
+    data = torch.full(shape, math.nan if dtype.is_floating_point else 0, dtype=dtype)
+    param = Parameter(data, requires_grad=False)
+    param.suffix, param.weight_loader = suffix, loader
+    layer.register_parameter(f"{name}_{suffix}", param)
+
+
+def in_turn(pairs: torch.Tensor) -> torch.Tensor:
+    """Rows of gates, then of ups [experts, 2·width, …] as vLLM takes them for "swigluoai": in turn."""
+    return torch.stack(pairs.chunk(2, 1), 2).flatten(1, 2)
 
 
 class DenseExpertsMethod(StoredExperts, UnquantizedFusedMoEMethod):
@@ -187,6 +252,9 @@ class DenseExpertsMethod(StoredExperts, UnquantizedFusedMoEMethod):
         for name in (PAIR, DOWN):
             dense = [reference.dense_weight(*stored).to(layer.params_dtype) for stored in self._take(layer, name)]
             layer.register_parameter(f"{name}_weight", Parameter(torch.stack(dense), requires_grad=False))
+        if activation_of(layer) == "swigluoai":
+            for param in (layer.w13_weight, layer.w13_bias):
+                param.data = in_turn(param.data)
         if current_platform.is_cpu():
             self.moe_kernel = None  # vLLM packs weights for its CPU kernel only as long as there is none
         UnquantizedFusedMoEMethod.process_weights_after_loading(self, layer)
@@ -221,10 +289,9 @@ class PackedExpertsMethod(StoredExperts, FusedMoEMethodBase):
         Raises:
             FormatError: if a tensor is missing, or for experts that vLLM computes otherwise.
         """
-        if getattr(layer.activation, "value", layer.activation) != "silu" or layer.apply_router_weight_on_input:
-            raise FormatError(
-                f"{self.module}: packed experts know only SiLU, and the router's weights on their outputs"
-            )
+        if activation_of(layer) not in GATINGS or layer.apply_router_weight_on_input:
+            known = ", ".join(GATINGS)
+            raise FormatError(f"{self.module}: packed experts know only {known}, and the router's weights on outputs")
         self._finish_loading(layer)
         for name in (PAIR, DOWN):
             prepared = [prepare_weights(*stored, tiled=self.backend == "triton") for stored in self._take(layer, name)]
@@ -240,10 +307,11 @@ class PackedExpertsMethod(StoredExperts, FusedMoEMethodBase):
         return FusedMoEQuantConfig.make()
 
     def _product(self, layer: torch.nn.Module, name: str, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """Products [M, k, N] of x [M, K] with the weights `name` of its experts [M, k], -1 for none."""
+        """What the layers `name` of its experts [M, k] make of x [M, K]: [M, k, N], 0 where there is none (-1)."""
         rows = layer.butterfly_shapes["w2"][0] if name == DOWN else 2 * layer.intermediate_size_per_partition
         weights = PreparedWeights(*(getattr(layer, f"{name}_{suffix}", None) for suffix in PreparedWeights._fields))
-        return prepared_experts(x, experts, weights, rows)
+        found, bias = prepared_experts(x, experts, weights, rows), getattr(layer, f"{name}_{BIAS}", None)
+        return found if bias is None else found + bias[experts].masked_fill(experts[..., None] < 0, 0)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_, **__
@@ -252,12 +320,16 @@ class PackedExpertsMethod(StoredExperts, FusedMoEMethodBase):
         # of several ranks each has some of the experts: -1 in vLLM's map stands for one of another rank
         experts = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
         gate, up = self._product(layer, PAIR, x, experts).flatten(0, 1).chunk(2, -1)
-        found = self._product(layer, DOWN, F.silu(gate) * up, experts.reshape(-1, 1))
+        found = self._product(layer, DOWN, GATINGS[activation_of(layer)](gate, up), experts.reshape(-1, 1))
         return (found.view(*experts.shape, -1) * topk_weights[..., None]).sum(1).to(x.dtype)
 
 
 def experts_method(config: QuantConfig, module: str, moe: FusedMoEConfig) -> FusedMoEMethodBase:
     """The method of the experts `module` for the backend that is selected."""
+    if getattr(moe, "has_bias", False):  # vLLM's only model that has such experts
+        from .gpt_oss import load_single_experts
+
+        load_single_experts()
     backend = select_backend()
     if backend == "dense":
         return DenseExpertsMethod(config, module, moe)

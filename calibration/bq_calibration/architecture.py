@@ -127,6 +127,8 @@ ARCHITECTURES: dict[str, tuple[Groups, ...]] = {
 }
 # those of them whose files hold one tensor for all experts: here each has layers of its own, called as in other models
 STACKED = ("gpt_oss",)
+# those of them whose embedding or LM head vLLM holds in 16 bits, whatever a checkpoint's config says
+UNPACKED_IN_VLLM = {"mixtral": ("embed_tokens",), "gpt_oss": ("embed_tokens", "lm_head")}
 # those of them that take pictures: the text decoder is quantized, vision tower and projector stay as they are
 MULTIMODAL = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl")
 

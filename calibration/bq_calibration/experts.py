@@ -75,6 +75,7 @@ class Experts(nn.ModuleList):
         width, hidden = features if bias else reversed(features)
         one = functools.partial(Expert, hidden, width, names, _gating(stacked), bias, stacked.down_proj)
         super().__init__(one() for _ in range(count))
+        self.names, self._replaced = names, (stacked,)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -96,6 +97,18 @@ class Experts(nn.ModuleList):
             out.index_add_(0, token, found.to(out.dtype))
         return out
 
+    def joined(self) -> nn.Module:
+        """The module of transformers that this one has replaced, with biases, and with the weights of this one."""
+        (stacked,) = self._replaced
+        for suffix, last in (("weight", ""), ("bias", "_bias")):
+            layers = ([getattr(getattr(expert, name), suffix) for expert in self] for name in self.names)
+            gate, up, down = (
+                torch.stack(tensors).mT if suffix == "weight" else torch.stack(tensors) for tensors in layers
+            )
+            for name, tensor in (("gate_up_proj", torch.stack((gate, up), -1).flatten(-2)), ("down_proj", down)):
+                setattr(stacked, name + last, nn.Parameter(tensor.contiguous(), requires_grad=False))
+        return stacked
+
 
 def split_experts(model: PreTrainedModel) -> None:
     """Put `Experts` in place of all modules of a model that stack the weights of experts, called as in its files."""
@@ -109,6 +122,14 @@ def split_experts(model: PreTrainedModel) -> None:
             if all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in stacked):
                 layer.set_submodule(name, Experts(module, names))
                 _rename(layer, name.split(".")[0], path.split(".")[0])
+
+
+def join_experts(model: PreTrainedModel) -> None:
+    """Undo `split_experts` in a model whose files stack experts; those of others have them as they are here."""
+    if model.config.model_type in STACKED:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Experts):
+                model.set_submodule(name, module.joined())
 
 
 def split_tensors(store: TensorStore, model_type: str) -> None:

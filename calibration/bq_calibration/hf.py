@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .architecture import expert_layers
 from .checkpoint import verify
 from .errors import UserError
-from .experts import split_experts
+from .experts import join_experts, split_experts
 from .packed_modules import pack, unpack
 from .skeleton import other_parts
 
@@ -81,6 +81,7 @@ class ButterflyHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model, dtype=None):
         unpack(model, dtype)
+        join_experts(model)
         return model
 
     def is_serializable(self):

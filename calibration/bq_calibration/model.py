@@ -87,7 +87,15 @@ class SourceModel:
         self.config_dict = read_json(self.folder / "config.json", missing="is this the folder of a Hugging Face model?")
         if quantization := self.config_dict.get("quantization_config"):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise UserError(f"{self.folder}: already quantized ({method}); calibration starts from the 16-bit model")
+            mxfp4 = method == "mxfp4"  # as OpenAI gives gpt-oss; transformers undoes it
+            how = (
+                ": from_pretrained(…, quantization_config=Mxfp4Config(dequantize=True)).save_pretrained"
+                if mxfp4
+                else ""
+            )
+            raise UserError(
+                f"{self.folder}: already quantized ({method}); calibration starts from the 16-bit model{how}"
+            )
         check_architecture(self.config_dict.get("model_type", "without a model_type"))
         self.store = TensorStore.of_model(self.folder)
         split_tensors(self.store, self.config_dict["model_type"])

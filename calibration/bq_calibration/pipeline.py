@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bq_kernels.format import FormatError, QuantConfig
+from bq_kernels.format import HEAD, FormatError, QuantConfig
 from rich.progress import Progress
 
 from . import parallel, preflight
-from .architecture import other_matrices
+from .architecture import UNPACKED_IN_VLLM, other_matrices
 from .data import gather_tokens
 from .end_to_end import CURVE, TrainingText, train_end_to_end
 from .errors import UserError, explain_write
@@ -214,6 +214,11 @@ class Calibration:
                 f"{self.source.folder}: config.json ties the LM head to the embedding, but lm_head.weight differs from "
                 "it; set tie_word_embeddings to false"
             )
+        for name, bits in embeddings.items():
+            if name.rpartition(".")[2] in UNPACKED_IN_VLLM.get(self.source.config.model_type, ()):
+                kind = "head" if name.endswith(HEAD) else "embedding"
+                model = type(self.source.skeleton).__name__
+                raise UserError(f"--{kind}-bits {bits}: vLLM's {model} keeps {name} in 16 bits; use 16")
         widths = {group: block.in_features(group) for block in blocks for group in block.groups}
         if self.recipe.target_bpw is not None and any(group.experts for group in widths):
             raise UserError("--target-bpw: a mixture of experts has the same bits everywhere; use --bits")

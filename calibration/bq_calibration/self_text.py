@@ -228,7 +228,8 @@ class TextWriter:
     ) -> TextWriter:
         """A writer with the 16-bit model, which it holds in memory whole."""
         kind = auto_class(source.config.model_type)
-        model = kind.from_pretrained(source.folder, dtype=source.dtype, attn_implementation=GROUPED)
+        attention = GROUPED if source.skeleton._supports_sdpa else None  # gpt-oss has attention of its own
+        model = kind.from_pretrained(source.folder, dtype=source.dtype, attn_implementation=attention)
         return cls(model.to(source.device).eval(), source.tokenizer(), seqlen, seed, prefixes)
 
     @torch.no_grad()

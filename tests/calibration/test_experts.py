@@ -9,10 +9,11 @@ import torch
 from bq_calibration.architecture import input_groups
 from bq_calibration.checkpoint import verify
 from bq_calibration.errors import UserError
-from bq_calibration.experts import Experts
+from bq_calibration.experts import Experts, split_tensors
 from bq_calibration.input_statistics import InputStatistics
 from bq_calibration.skeleton import empty_model
 from bq_calibration.store import TensorStore
+from transformers import AutoModelForCausalLM
 
 from .conftest import CONFIGS, make_model
 from .test_calibrate import run
@@ -23,21 +24,46 @@ def mixture(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("mixture") / "model", "qwen3_moe")
 
 
-def test_experts_compute_what_transformers_does(mixture):
-    from transformers import AutoModelForCausalLM
-
-    stacked = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32).model.layers[0].mlp.experts
-    experts = Experts(stacked, ("gate_proj", "up_proj", "down_proj"))
-    for number, expert in enumerate(experts):
-        gate, up = stacked.gate_up_proj[number].chunk(2)
-        for layer, weight in zip(
-            (expert.gate_proj, expert.up_proj, expert.down_proj), (gate, up, stacked.down_proj[number]), strict=True
-        ):
-            layer.weight.data.copy_(weight)
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_experts_compute_what_transformers_does(architecture, tmp_path):
+    folder = make_model(tmp_path / "model", architecture)
+    stacked = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.layers[0].mlp.experts
+    experts, store = Experts(stacked, ("gate_proj", "up_proj", "down_proj")), TensorStore(folder)
+    split_tensors(store, architecture)
+    prefix = "model.layers.0.mlp.experts."
+    experts.load_state_dict({name: store.get(prefix + name) for name in experts.state_dict()})
+    assert len(experts) == 6 and all(store.shape(prefix + name) == t.shape for name, t in experts.state_dict().items())
     weights, numbers = torch.randn(9, len(experts)).softmax(-1).topk(2, dim=-1)
-    x = torch.randn(9, stacked.down_proj.shape[1])
+    x = 5 * torch.randn(9, 96)  # beyond the limits of gpt-oss
     with torch.no_grad():
-        torch.testing.assert_close(experts(x, numbers, weights), stacked(x, numbers, weights), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(experts(x, numbers, weights), stacked(x, numbers, weights), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_a_dequantized_mixture_is_an_ordinary_one(architecture, tmp_path, text):
+    out = run(make_model(tmp_path / "model", architecture), tmp_path / "out", text)
+    ids = torch.arange(3, 19)[None]
+    dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).dequantize().eval()
+    dense.save_pretrained(tmp_path / "dense")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "message"),
+    [
+        (
+            "mixtral",
+            {"embedding_bits": 4},
+            r"--embedding-bits 4: vLLM's MixtralForCausalLM keeps model\.embed_tokens in 16",
+        ),
+        ("gpt_oss", {"head_bits": 3}, "--head-bits 3: vLLM's GptOssForCausalLM keeps lm_head in 16 bits; use 16"),
+    ],
+)
+def test_tables_that_vllm_keeps_in_16_bits(architecture, settings, message, tmp_path, text):
+    with pytest.raises(UserError, match=message):
+        run(make_model(tmp_path / "model", architecture), tmp_path / "out", text, **settings)
 
 
 def test_hessian_of_an_expert_is_topped_up():

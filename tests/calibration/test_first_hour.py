@@ -183,6 +183,10 @@ BROKEN = {
         "config.json: not valid JSON",
     ),
     "quantized, a name": (change_config(quantization_config="gptq"), "already quantized (gptq)"),
+    "quantized, gpt-oss": (
+        change_config(quantization_config={"quant_method": "mxfp4"}),
+        "16-bit model: from_pretrained(…, quantization_config=Mxfp4Config(dequantize=True)).save_pretrained",
+    ),
     "quantized, a list": (change_config(quantization_config=["gptq"]), "already quantized (['gptq'])"),
     "config of another size": (
         change_config(intermediate_size=224),

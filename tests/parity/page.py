@@ -36,9 +36,9 @@ the bound: a tie. The bound is (4 ε + n ε₃₂) L: ε the machine epsilon of 
 are rounded to it; ε₃₂ that of float32, for sums in another order, n = 16, and 32 in a mixture of experts, which sums
 over these too; L the largest magnitude of a log-probability.
 
-Models are random: two decoder layers, 128 features, calibrated by `bq-calibrate`. Routers of mixtures tell eight kinds of
-tokens clearly apart: of random ones, rounding would send some tokens to other experts. There are eight prompts of 1 to 120
-tokens. The first is asked alone (batch 1), then all at once (batch 8).
+Models are random: two decoder layers, 128 features, calibrated by `bq-calibrate`. Routers of mixtures tell eight kinds
+of tokens clearly apart: with random ones, rounding would send some tokens to other experts. There are eight prompts of
+1 to 120 tokens. The first is asked alone (batch 1), then all at once (batch 8).
 
 The factors have {values} values, their product {product:,} cases. The matrix has {cases} cases, in which every two
 values of two factors meet, but for those that are refused. `tests/parity/matrix.py` lists factors, values and refusals.

@@ -16,7 +16,9 @@ from .pairwise import holds
 CHEAP = {"tensor parallel": 1, "chunked prefill": "off"}
 AFFORDED = [case for case in cases() if holds(case, CHEAP) and case["architecture"] not in MULTIMODAL_CONFIGS]
 SUITE = AFFORDED[:2]  # and mixtures of other names and kinds of layers than test_experts has
-SUITE += [next(case for case in AFFORDED if case["architecture"] == name) for name in ("mixtral", "deepseek_v3")]
+SUITE += [
+    next(case for case in AFFORDED if case["architecture"] == name) for name in ("mixtral", "deepseek_v3", "gpt_oss")
+]
 
 
 @pytest.mark.slow
