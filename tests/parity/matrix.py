@@ -51,6 +51,7 @@ class Refusal:
 SHARDS = ("the plugin", "tensor parallel size 2 would cut")
 GEMMA_FLOAT16 = ("vLLM", "does not support float16")
 SAME_BITS = ("bq-calibrate", "a mixture of experts has the same bits everywhere")
+ITS_HEAD = ("bq-calibrate", "vLLM's GptOssForCausalLM keeps lm_head in 16 bits")
 # without quantization too, wherever the adapters are: its experts then run in Triton
 ADAPTERS = ("vLLM's CPU build", "module 'triton.language' has no attribute 'float32'")
 ONE_PREFILL = ("vLLM's CPU build", "forcing chunked prefill and prefix caching to be disabled")
@@ -60,6 +61,7 @@ REFUSALS = (
     Refusal({"architecture": "gemma3_text", "dtype": "float16"}, *GEMMA_FLOAT16),
     Refusal({"architecture": "gemma3", "dtype": "float16"}, *GEMMA_FLOAT16),
     Refusal({"sleep mode": ON}, "vLLM's CPU build", "Sleep mode is not supported on current platform"),
+    Refusal({"architecture": "gpt_oss", "head bits": 4}, *ITS_HEAD),
     *(Refusal({"architecture": name, "bits": "mixed"}, *SAME_BITS) for name in MIXTURES),
     *(Refusal({"architecture": name, "LoRA": ON}, *ADAPTERS) for name in MIXTURES),
     *(Refusal({"architecture": name, "prefix caching": ON}, *ONE_PREFILL, True) for name in LATENT),
