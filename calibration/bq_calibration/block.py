@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from .architecture import InputGroup
 from .errors import UserError
 from .input_statistics import InputStatistics
+from .on_demand import LinearOnDemand
 
 TOKENS_PER_BATCH = 4096
 
@@ -113,11 +115,6 @@ class Block:
         """The weights of a group stacked, float32 [N, K]."""
         return torch.cat([layer.weight.detach() for layer in self.linears(group).values()]).float()
 
-    def set_weight(self, name: str, weight: torch.Tensor) -> None:
-        """Put a dense weight [N, K] in place of a linear layer's, in that one's dtype and on its device."""
-        layer = self.linear(name)
-        layer.weight = nn.Parameter(weight.to(layer.weight).contiguous(), requires_grad=False)
-
     def install(
         self, tensors: dict[str, torch.Tensor], config: QuantConfig, groups: Iterable[InputGroup] | None = None
     ) -> None:
@@ -133,7 +130,11 @@ class Block:
             stored, block_size = self.prefix + name + ".", rotation.block(name)
             angles = angles_of(rotation.kind, tensors.get(stored + "angles"), layer.in_features, block_size)
             packed = tensors[stored + "qweight"], tensors[stored + "scales"], tensors.get(stored + "zeros")
-            self.set_weight(name, dense_weight(*packed, angles, block_size, layer.in_features))
+            make = functools.partial(dense_weight, *packed, angles, block_size, layer.in_features)
+            if isinstance(layer, LinearOnDemand):
+                layer.make = make
+            else:
+                layer.weight = nn.Parameter(make().to(layer.weight).contiguous(), requires_grad=False)
         for name, tensor in tensors.items():
             if name.endswith("norm.weight"):
                 norm = self.module.get_submodule(name.removeprefix(self.prefix).removesuffix(".weight"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections import Counter
@@ -23,6 +24,7 @@ from .compute import compute_dtypes
 from .errors import UserError, explain
 from .experts import split_tensors
 from .files import WEIGHTS, read_json
+from .on_demand import LinearOnDemand, on_demand
 from .skeleton import decoder_name, empty_model, model_names, other_parts, tied_head
 from .store import FLOATS, TensorStore
 
@@ -75,13 +77,14 @@ class SourceModel:
         stored_dtype: of that weight, the model's main dtype.
         dtype: of weights and activations in memory.
         training_dtype: of the products of layers that are trained.
+        experts_on_demand: whether `block` reads the weights of experts for every use, and keeps none in memory.
 
     Raises:
         UserError: for an unsupported architecture, an already quantized model, or missing weights.
     """
 
     def __init__(self, model: str, device: torch.device, compute_dtype: str = "auto", unquantized_dtype: str = "auto"):
-        self.unquantized_dtype = unquantized_dtype
+        self.unquantized_dtype, self.experts_on_demand = unquantized_dtype, False
         self.folder = resolve_model(model)
         self.device = device
         self.config_dict = read_json(self.folder / "config.json", missing="is this the folder of a Hugging Face model?")
@@ -266,8 +269,13 @@ class SourceModel:
 
         It runs on what the last call of `embed` returned, and on any batch of that sequence length.
         """
-        block = self.empty_block(index)
-        with self._loaded(block.module, block.prefix):
+        block, lazy = self.empty_block(index), {}
+        if self.experts_on_demand:
+            groups = (group for group in block.groups if group.experts)
+            for name, layer in (item for group in groups for item in block.linears(group).items()):
+                read = functools.partial(self.read, f"{block.prefix}{name}.weight")
+                lazy[name] = LinearOnDemand(layer, self.device, read)
+        with on_demand(block.module, lazy), self._loaded(block.module, block.prefix):
             yield block
 
     def final_norm(self) -> AbstractContextManager[nn.Module]:

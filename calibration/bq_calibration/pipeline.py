@@ -87,6 +87,8 @@ class Calibration:
         with work.opened(settings, plan.disk_bytes), log_to(work.log):
             logger.info("%s: %s", self.source.name, settings)
             warn_of_large_files(self.source.folder)
+            if self.source.experts_on_demand:
+                logger.info("a decoder layer with all of its experts does not fit: they are read for every use")
             if not work.resumed and work.extends is None:
                 parallel.from_first(lambda: preflight.check_weights(self.source, progress))
             tokens = work.tensors("tokens", lambda: {"tokens": gather_tokens(self.source, self.recipe, progress)})

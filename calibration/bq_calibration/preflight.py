@@ -210,13 +210,21 @@ def _disk(
 def _memory(source: SourceModel, recipe: Recipe, budget: int) -> int:
     """Memory of rounding and block-wise training, or of end-to-end training where that takes more.
 
+    Where a decoder layer does not fit with all of its experts, it lets the source read their weights on demand.
+
     Raises:
         UserError: if it is more than the budget.
     """
     corrects = bool(recipe.correction)
     states = _states(source, recipe) * (1 + bool(recipe.block_tokens or corrects) + corrects) // parallel.size()
-    layer = max(_layer_memory(block, recipe, source.dtype.itemsize) for block, _ in source.kinds)
-    blocks = PROCESS + states + layer
+
+    def needed(on_demand: bool) -> int:
+        layers = (_layer_memory(block, recipe, source.dtype.itemsize, on_demand) for block, _ in source.kinds)
+        return PROCESS + states + max(layers)
+
+    blocks, fewer = needed(on_demand=False), needed(on_demand=True)
+    if blocks > budget >= fewer and not (recipe.block_tokens or corrects):  # which keep copies of a layer's weights
+        source.experts_on_demand, blocks = True, fewer
     if blocks > budget:
         raise UserError(
             f"a decoder layer needs {blocks / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be taken: "
@@ -227,8 +235,11 @@ def _memory(source: SourceModel, recipe: Recipe, budget: int) -> int:
     return max(blocks, training_plan(source, recipe, budget).memory_bytes)
 
 
-def _layer_memory(block: Block, recipe: Recipe, item: int) -> int:
-    """Memory of rounding and block-wise training of a decoder layer; `item` bytes per value of its 16-bit weights."""
+def _layer_memory(block: Block, recipe: Recipe, item: int, on_demand: bool) -> int:
+    """Memory of rounding and block-wise training of a decoder layer; `item` bytes per value of its 16-bit weights.
+
+    On demand, those of one expert are there at a time.
+    """
     widest = max(block.in_features(group) for group in block.groups)
     rounded = features = held = 0
     for group in block.groups:
@@ -238,7 +249,8 @@ def _layer_memory(block: Block, recipe: Recipe, item: int) -> int:
         held += weights * max(group.experts - 1, 0)
         features += sum(layer.in_features + layer.out_features for layer in block.linears(part).values())
     at_work = 18 if recipe.block_tokens else 10 + item * bool(recipe.correction)
-    layer = at_work * rounded + (at_work if recipe.block_tokens else item + 1) * held
+    kept = 1 if on_demand else item + 1  # packed, and as the layer computes with them
+    layer = at_work * rounded + (at_work if recipe.block_tokens else kept) * held
     return layer + 40 * widest**2 + TOKENS_PER_BATCH * features * item + _routed(block, recipe, item)
 
 

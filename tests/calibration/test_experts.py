@@ -11,12 +11,16 @@ from bq_calibration.checkpoint import verify
 from bq_calibration.errors import UserError
 from bq_calibration.experts import Experts, split_tensors
 from bq_calibration.input_statistics import InputStatistics
+from bq_calibration.pipeline import Calibration
+from bq_calibration.recipes import make_recipe
 from bq_calibration.skeleton import empty_model
 from bq_calibration.store import TensorStore
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from .conftest import CONFIGS, make_model
-from .test_calibrate import run
+from .test_calibrate import SMALL, run
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +88,6 @@ def test_hessian_of_an_expert_is_topped_up():
 def test_an_expert_without_a_token(mixture, tmp_path, text, caplog):
     """The routers never take expert 0: its weights are rounded all the same, and a line says so."""
     folder = shutil.copytree(mixture, tmp_path / "model")
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     for name in tensors:
         if name.endswith("mlp.gate.weight"):
@@ -131,3 +133,19 @@ def test_full_width_with_two_widths_of_one_name(tmp_path, text):
     model = make_model(tmp_path / "model", "qwen2_moe")
     with pytest.raises(UserError, match="full: down_proj has 192 and 64 inputs"):
         run(model, tmp_path / "out", text, rotation_block=None)
+
+
+def test_experts_on_demand(mixture, tmp_path, text, caplog):
+    """Where memory is short, weights of experts are read for every use: the same bytes, none of them kept."""
+    whole = run(mixture, tmp_path / "whole", text)
+    recipe = make_recipe("fast", SMALL | {"dataset": str(text)})
+    arguments = str(mixture), str(tmp_path / "out"), recipe, "cpu"
+    needed = Calibration(*arguments).dry_run(Progress(disable=True))["memory_bytes"]
+    calibration = Calibration(*arguments, plots=False, memory_budget=needed - 1)
+    with caplog.at_level(logging.INFO):
+        calibration.run(Progress(disable=True))
+    assert "they are read for every use" in caplog.text
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", whole))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    with calibration.source.block(0) as block:
+        assert not any("experts" in name for name, _ in block.module.named_parameters())
