@@ -18,7 +18,9 @@ ENGINES = (
     "generation or (formats and head) or (reload and not tied) or lora or without_quantization or tensor_parallel "
     "or errors_reach"
 )
-MODELS = [f"tests/calibration/test_{name}.py" for name in ("calibrate", "hf", "quantize", "embeddings", "training")]
+MODELS = [
+    f"tests/calibration/test_{name}.py" for name in ("calibrate", "hf", "quantize", "embeddings", "experts", "training")
+]
 SHOW = """
 from importlib.metadata import distributions
 for found in sorted((d.name, d.version) for d in distributions()):
