@@ -41,12 +41,14 @@ class ButterflyHfQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def update_tp_plan(self, config):
+    def _unguarded(self, config):
         """Take out the entry that stops a transformers without this module; files are looked up after this hook."""
         for part in (config, config.get_text_config()):
             if getattr(part, "transformers_weights", None) is not None:
                 del part.transformers_weights
         return config
+
+    update_tp_plan = update_attn_implementation = _unguarded  # older versions call the one, newer ones the other
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if checkpoint_files:
@@ -68,9 +70,9 @@ class ButterflyHfQuantizer(HfQuantizer):
         # float16 values of the format stay exact in a bfloat16 model
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "scales", "zeros", "angles"}
 
-    def update_weight_conversions(self, weight_conversions):
+    def update_weight_conversions(self, weight_conversions, *model):
         """None for a mixture of experts: its modules are called as in files, no weights are stacked."""
-        return [] if self._mixture else super().update_weight_conversions(weight_conversions)
+        return [] if self._mixture else super().update_weight_conversions(weight_conversions, *model)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         # with a quantizer transformers leaves tensors that files call otherwise than the model in their stored dtype
