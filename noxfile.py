@@ -13,7 +13,10 @@ import nox
 VLLM = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
 CALIBRATION = (("2.11.0", "5.8.0"), ("2.11.0", "5.24.0"), ("2.14.1", "5.24.0"))  # torch, transformers
 TOOLS = ("pytest>=8", "pytest-timeout>=2.3", "jsonschema>=4", "triton>=3.6")
-LAYERS = [f"tests/vllm/test_{name}.py" for name in ("plugin", "linear", "embedding", "experts", "fuse_norm", "warming")]
+LAYERS = [
+    f"tests/vllm/test_{name}.py"
+    for name in ("plugin", "linear", "embedding", "experts", "gpt_oss", "fuse_norm", "warming")
+]
 ENGINES = (
     "generation or (formats and head) or (reload and not tied) or lora or without_quantization or tensor_parallel "
     "or errors_reach"

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 # tensors that older versions of transformers stored beside the weights and newer ones compute
 _STALE = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.rotary_pos_emb\.inv_freq|\.position_ids)$")
 
+# how transformers undoes the quantization that gpt-oss comes with
+_FROM_MXFP4 = ": from_pretrained(…, quantization_config=Mxfp4Config(dequantize=True)).save_pretrained"
+
 
 def resolve_model(model: str) -> Path:
     """Local folder of a model: a path as it is, a hub name through the Hugging Face cache.
@@ -90,15 +93,8 @@ class SourceModel:
         self.config_dict = read_json(self.folder / "config.json", missing="is this the folder of a Hugging Face model?")
         if quantization := self.config_dict.get("quantization_config"):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            mxfp4 = method == "mxfp4"  # as OpenAI gives gpt-oss; transformers undoes it
-            how = (
-                ": from_pretrained(…, quantization_config=Mxfp4Config(dequantize=True)).save_pretrained"
-                if mxfp4
-                else ""
-            )
-            raise UserError(
-                f"{self.folder}: already quantized ({method}); calibration starts from the 16-bit model{how}"
-            )
+            wanted = "the 16-bit model" + (_FROM_MXFP4 if method == "mxfp4" else "")
+            raise UserError(f"{self.folder}: already quantized ({method}); calibration starts from {wanted}")
         check_architecture(self.config_dict.get("model_type", "without a model_type"))
         self.store = TensorStore.of_model(self.folder)
         split_tensors(self.store, self.config_dict["model_type"])

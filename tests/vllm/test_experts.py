@@ -29,9 +29,9 @@ class Layer(torch.nn.Module):
     activation, apply_router_weight_on_input, expert_map = "silu", False, None
     local_num_experts, params_dtype = tiny.EXPERTS, torch.float32
 
-    def __init__(self, config, rank=0, ranks=1, backend="reference"):
+    def __init__(self, config, rank=0, ranks=1, backend="reference", has_bias=False):
         super().__init__()
-        self.moe_config = SimpleNamespace(tp_rank=rank, tp_size=ranks)
+        self.moe_config = SimpleNamespace(tp_rank=rank, tp_size=ranks, has_bias=has_bias)
         self.intermediate_size_per_partition = tiny.INTERMEDIATE // ranks
         self.quant_method = PackedExpertsMethod(config, MODULE, self.moe_config, backend)
         sizes = tiny.EXPERTS, tiny.HIDDEN, self.intermediate_size_per_partition
