@@ -66,6 +66,7 @@ def main(
     recipe: Annotated[str, typer.Option(help="As for bq-calibrate.")] = "fast",
     samples: Annotated[int, typer.Option(help="Sequences.")] = 64,
     seqlen: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    memory_budget: Annotated[float | None, typer.Option(help="GB, as for bq-calibrate.")] = None,
     work: Annotated[Path, typer.Option(help="Folder for `fp16` and `bq2`, which are replaced.")] = Path(
         "build/calibration_cost"
     ),
@@ -89,7 +90,8 @@ def main(
     random = work / "random.txt"
     random.write_text(_words(torch.randint(10_000, (WORDS,))))
     data = {"dataset": str(random), "samples": samples, "seqlen": seqlen}
-    report = calibrate(str(work / "fp16"), str(work / "bq2"), recipe, device=device, plots=False, **data)
+    options = {"device": device, "memory_budget": memory_budget, "plots": False}
+    report = calibrate(str(work / "fp16"), str(work / "bq2"), recipe, **options, **data)
     facts = report["run"]
     settings = {
         "shape": shape,
@@ -98,6 +100,7 @@ def main(
         "recipe": recipe,
         "samples": samples,
         "seqlen": seqlen,
+        "memory_budget": memory_budget,
     }
     write_json(as_json, {"command": command(), "settings": settings, "run": facts, "totals": report["totals"]})
     memory = facts["peak_gpu_memory_bytes"]
