@@ -11,7 +11,7 @@ models and checkpoints in transformers.
 import nox
 
 VLLM = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
-CALIBRATION = (("2.11.0", "5.8.0"), ("2.11.0", "5.24.0"), ("2.15.0", "5.24.0"))  # torch, transformers
+CALIBRATION = (("2.11.0", "5.8.0"), ("2.11.0", "5.24.0"), ("2.14.1", "5.24.0"))  # torch, transformers
 TOOLS = ("pytest>=8", "pytest-timeout>=2.3", "jsonschema>=4", "triton>=3.6")
 LAYERS = [
     f"tests/vllm/test_{name}.py"
