@@ -113,6 +113,10 @@ class ButterflyConfig(QuantizationConfig):
                 return None
             from .experts import experts_method
 
+            if getattr(layer.moe_config, "has_bias", False):  # vLLM's only model with such experts
+                from .gpt_oss import load_single_experts
+
+                load_single_experts()
             return experts_method(self.quant, prefix, layer.moe_config)
         if isinstance(layer, VocabParallelEmbedding):
             return self._method_of_embedding(layer, prefix)

@@ -326,10 +326,6 @@ class PackedExpertsMethod(StoredExperts, FusedMoEMethodBase):
 
 def experts_method(config: QuantConfig, module: str, moe: FusedMoEConfig) -> FusedMoEMethodBase:
     """The method of the experts `module` for the backend that is selected."""
-    if getattr(moe, "has_bias", False):  # vLLM's only model that has such experts
-        from .gpt_oss import load_single_experts
-
-        load_single_experts()
     backend = select_backend()
     if backend == "dense":
         return DenseExpertsMethod(config, module, moe)

@@ -115,6 +115,11 @@ class Block:
         """The weights of a group stacked, float32 [N, K]."""
         return torch.cat([layer.weight.detach() for layer in self.linears(group).values()]).float()
 
+    def set_weight(self, name: str, weight: torch.Tensor) -> None:
+        """Put a dense weight [N, K] in place of a linear layer's, in that one's dtype and on its device."""
+        layer = self.linear(name)
+        layer.weight = nn.Parameter(weight.to(layer.weight).contiguous(), requires_grad=False)
+
     def install(
         self, tensors: dict[str, torch.Tensor], config: QuantConfig, groups: Iterable[InputGroup] | None = None
     ) -> None:
@@ -134,7 +139,7 @@ class Block:
             if isinstance(layer, LinearOnDemand):
                 layer.make = make
             else:
-                layer.weight = nn.Parameter(make().to(layer.weight).contiguous(), requires_grad=False)
+                self.set_weight(name, make())
         for name, tensor in tensors.items():
             if name.endswith("norm.weight"):
                 norm = self.module.get_submodule(name.removeprefix(self.prefix).removesuffix(".weight"))
