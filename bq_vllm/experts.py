@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from types import MethodType
@@ -24,16 +25,10 @@ from .linear import check_shard
 SHARDS = ("w1", "w3", "w2")  # vLLM's names of an expert's gate, up and down
 PAIR, DOWN = "w13", "w2"  # of the parameters that hold gate and up, and down
 BIAS = "bias"
-SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # of "swigluoai", in vLLM too, whatever the config says
-
-
-def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """gate · sigmoid(α gate) · (up + 1), of values within the limit (gpt-oss)."""
-    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-    return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
-
-
-GATINGS = {"silu": lambda gate, up: F.silu(gate) * up, "swigluoai": clamped_swiglu}  # by vLLM's names
+GATINGS = {  # by vLLM's names; the constants of the second are vLLM's too, whatever the config says
+    "silu": lambda gate, up: F.silu(gate) * up,
+    "swigluoai": functools.partial(reference.clamped_swiglu, alpha=1.702, limit=7.0),
+}
 
 
 def activation_of(layer: torch.nn.Module) -> str:
@@ -143,7 +138,7 @@ class StoredExperts:
             for suffix, spec in self.config.tensors(f"{self.module}.0.{last}", columns, rows).items():
                 shape = spec.shape if suffix == "angles" else (num_experts, *spec.shape)
                 _register(layer, name, suffix, shape, spec.dtype, loader)
-            if getattr(layer.moe_config, "has_bias", False):
+            if layer.moe_config.has_bias:
                 _register(layer, name, BIAS, (num_experts, rows), params_dtype, loader)
 
     def load_named(self, layer: torch.nn.Module, expert: int, last: str, suffix: str, tensor: torch.Tensor) -> str:

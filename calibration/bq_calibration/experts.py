@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from bq_kernels.reference import clamped_swiglu
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,12 +20,6 @@ Gating = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def gated(gate: torch.Tensor, up: torch.Tensor, act: nn.Module) -> torch.Tensor:
     """act(gate) · up."""
     return act(gate) * up
-
-
-def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    """gate · sigmoid(alpha · gate) · (up + 1), of values within the limit (gpt-oss)."""
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
 def _gating(stacked: nn.Module) -> Gating:
@@ -100,12 +95,15 @@ class Experts(nn.ModuleList):
     def joined(self) -> nn.Module:
         """The module of transformers that this one has replaced, with biases, and with the weights of this one."""
         (stacked,) = self._replaced
+
+        def of_all(name: str, suffix: str) -> torch.Tensor:
+            tensors = torch.stack([getattr(getattr(expert, name), suffix) for expert in self])
+            return tensors.mT if suffix == "weight" else tensors
+
+        gate, up, down = self.names
         for suffix, last in (("weight", ""), ("bias", "_bias")):
-            layers = ([getattr(getattr(expert, name), suffix) for expert in self] for name in self.names)
-            gate, up, down = (
-                torch.stack(tensors).mT if suffix == "weight" else torch.stack(tensors) for tensors in layers
-            )
-            for name, tensor in (("gate_up_proj", torch.stack((gate, up), -1).flatten(-2)), ("down_proj", down)):
+            pairs = torch.stack((of_all(gate, suffix), of_all(up, suffix)), -1).flatten(-2)
+            for name, tensor in (("gate_up_proj", pairs), ("down_proj", of_all(down, suffix))):
                 setattr(stacked, name + last, nn.Parameter(tensor.contiguous(), requires_grad=False))
         return stacked
 

@@ -265,12 +265,13 @@ class SourceModel:
 
         It runs on what the last call of `embed` returned, and on any batch of that sequence length.
         """
-        block, lazy = self.empty_block(index), {}
-        if self.experts_on_demand:
-            groups = (group for group in block.groups if group.experts)
-            for name, layer in (item for group in groups for item in block.linears(group).items()):
-                read = functools.partial(self.read, f"{block.prefix}{name}.weight")
-                lazy[name] = LinearOnDemand(layer, self.device, read)
+        block = self.empty_block(index)
+        lazy = {
+            name: LinearOnDemand(layer, self.device, functools.partial(self.read, f"{block.prefix}{name}.weight"))
+            for group in block.groups
+            if group.experts and self.experts_on_demand
+            for name, layer in block.linears(group).items()
+        }
         with on_demand(block.module, lazy), self._loaded(block.module, block.prefix):
             yield block
 

@@ -196,6 +196,19 @@ def dequantize(
     return levels(unpack(qweight, bits).float().unflatten(-1, (-1, group)), scales, zeros, bits).flatten(-2)
 
 
+def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """gate · sigmoid(alpha · gate) · (up + 1) of values within the limit (gpt-oss).
+
+    Args:
+        gate: [...].
+        up: as `gate`.
+        alpha: slope of the sigmoid.
+        limit: of `gate` from above, of `up` on both sides.
+    """
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
 def by_expert(
     x: torch.Tensor, experts: torch.Tensor, out_features: int, product: Callable[[torch.Tensor, int], torch.Tensor]
 ) -> torch.Tensor:

@@ -239,11 +239,11 @@ def stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for prefix, lists in found.items():
         gate, up, down = (torch.stack(lists[kind, "weight"]) for kind in ("gate", "up", "down"))
         if ("down", "bias") in lists:  # gpt-oss: inputs first; a gate's column beside that of its up
-            biases = (torch.stack(lists[kind, "bias"]) for kind in ("gate", "up", "down"))
+            bias = {kind: torch.stack(lists[kind, "bias"]) for kind in ("gate", "up", "down")}
             rest[f"{prefix}.gate_up_proj"] = torch.stack((gate.mT, up.mT), -1).flatten(-2)
             rest[f"{prefix}.down_proj"] = down.mT.contiguous()
-            rest[f"{prefix}.gate_up_proj_bias"] = torch.stack((next(biases), next(biases)), -1).flatten(-2)
-            rest[f"{prefix}.down_proj_bias"] = next(biases)
+            rest[f"{prefix}.gate_up_proj_bias"] = torch.stack((bias["gate"], bias["up"]), -1).flatten(-2)
+            rest[f"{prefix}.down_proj_bias"] = bias["down"]
         else:
             rest[f"{prefix}.gate_up_proj"], rest[f"{prefix}.down_proj"] = torch.cat((gate, up), 1), down
     return rest
