@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from bq_kernels.format import QuantConfig
 from bq_kernels.reference import hadamard_angles, rotate
+from rich.progress import Progress
 
 from . import analysis, parallel
 from .architecture import InputGroup
@@ -26,7 +27,12 @@ TOP_UP = 0.25
 
 
 def quantize_block(
-    block: Block, hidden: torch.Tensor, config: QuantConfig, recipe: Recipe, original: Original | None = None
+    block: Block,
+    hidden: torch.Tensor,
+    config: QuantConfig,
+    recipe: Recipe,
+    original: Original | None,
+    progress: Progress,
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Quantize the linear layers of a block in the order in which data meets them, and install each group at once.
 
@@ -37,7 +43,8 @@ def quantize_block(
         hidden: hidden states in front of it, quantized model, this process's [samples, seqlen, hidden].
         config: the checkpoint's format.
         recipe: settings of the run.
-        original: the 16-bit block with its hidden states; needed where the recipe has a correction.
+        original: the 16-bit block with its hidden states; None where the recipe has no correction.
+        progress: shows a bar per group of experts.
 
     Returns:
         the block's part of the checkpoint by name, and a report per group of layers.
@@ -51,7 +58,7 @@ def quantize_block(
         seed = derive_seed(recipe.seed, block.index, place)
         if group.experts:
             routed = routed or block.routed(hidden, group)  # what experts read does not depend on their own layers
-            found, report = _quantize_experts(block, group, routed, config, recipe, seed)
+            found, report = _quantize_experts(block, group, routed, config, recipe, seed, progress)
         else:
             statistics = block.capture(hidden, group, original)
             found, report = parallel.from_first(
@@ -80,7 +87,13 @@ def _quantize_group(
 
 
 def _quantize_experts(
-    block: Block, group: InputGroup, routed: Routed, config: QuantConfig, recipe: Recipe, seed: int
+    block: Block,
+    group: InputGroup,
+    routed: Routed,
+    config: QuantConfig,
+    recipe: Recipe,
+    seed: int,
+    progress: Progress,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """As `_quantize_group`: one rotation for the layers of all experts, and each expert rounded for its own tokens.
 
@@ -106,6 +119,7 @@ def _quantize_experts(
 
     tensors: dict[str, torch.Tensor] = {}
     errors, counts = [], []
+    task = progress.add_task(f"experts of block {block.index}, {group.name}", total=len(parts))
     for part in parts:
         seen = block.capture_expert(routed, part)
         seen.add_up()
@@ -113,6 +127,8 @@ def _quantize_experts(
         found, error = parallel.from_first(functools.partial(round_expert, part, seen))
         tensors |= found
         errors.append(error)
+        progress.advance(task)
+    progress.remove_task(task)
     if few := sum(count < features for count in counts):
         logger.warning(
             "block %d, %s: %d of %d experts saw fewer tokens than they have inputs (%d; least %d), so their rounding "

@@ -49,14 +49,17 @@ def quantize_blocks(
     Raises:
         UserError: if inputs hold NaN or infinity, or a file cannot be written.
     """
+    names = [f"{BLOCKS}/{index:05d}" for index in range(source.num_blocks)]
+    if all([workspace.has(name) for name in names]):
+        logger.info("%d blocks from the interrupted run", source.num_blocks)
+        return [workspace.report(name) for name in names]
     used, samples = tokens if recipe.block_tokens else tokens[: recipe.samples], parallel.share(recipe.samples)
     inputs = source.embed(used[parallel.rank() :: parallel.size()])
     targets = inputs.clone() if recipe.block_tokens or recipe.correction else None
     reports, started, computed = [], time.monotonic(), 0
     task = progress.add_task("calibrating blocks", total=source.num_blocks)
-    for index in range(source.num_blocks):
+    for index, name in enumerate(names):
         with source.block(index) as block:
-            name = f"{BLOCKS}/{index:05d}"
             known, original = workspace.has(name), None
             computed += not known
             if recipe.correction and not known:
@@ -92,7 +95,7 @@ def _quantize(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and report of one layer; leaves it quantized."""
     samples = parallel.share(recipe.samples)
-    tensors, reports = quantize_block(block, inputs[:samples], config, recipe, original)
+    tensors, reports = quantize_block(block, inputs[:samples], config, recipe, original, progress)
     training = None
     if recipe.block_tokens:
         tensors, training = reconstruct(source, config, recipe, block, tensors, inputs, targets, progress)

@@ -238,13 +238,16 @@ class Workspace:
 
         Every process calls `compute`; the first one's results are kept.
         """
-        report = self._file(name, ".json")
         if not self.has(name):
             tensors, data = compute()
             if parallel.is_first():
                 write_tensors(self._file(name, ".safetensors"), tensors)
-                write_json(report, data)  # last: its presence means done
-        return parallel.from_first(lambda: json.loads(report.read_text()))
+                write_json(self._file(name, ".json"), data)  # last: its presence means done
+        return self.report(name)
+
+    def report(self, name: str) -> Any:
+        """Report of a step that has been computed."""
+        return parallel.from_first(lambda: json.loads(self._file(name, ".json").read_text()))
 
     def has(self, name: str) -> bool:
         """Whether a step has been computed; every process asks."""

@@ -19,6 +19,7 @@ from bq_calibration import data as data_module
 from bq_calibration import pipeline as pipeline_module
 from bq_calibration import quantize_block as quantize_block_module
 from bq_calibration import workspace as workspace_module
+from bq_calibration.block import Block
 from bq_calibration.checkpoint import verify
 from bq_calibration.data import calibration_tokens
 from bq_calibration.model import SourceModel
@@ -197,7 +198,13 @@ def test_resume_after_ctrl_c_gives_the_same_bytes(stop_at, tmp_path, model, text
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", text)
     assert not (tmp_path / "out").exists()
-    run(model, tmp_path / "out", text, resume=True)
+    samples = []
+    with monkeypatch.context() as patch:
+        run_block = Block.run
+        patch.setattr(Block, "run", lambda self, x, **k: (samples.append(len(x)), run_block(self, x, **k))[1])
+        run(model, tmp_path / "out", text, resume=True)
+    # all blocks are there: none runs again, but for the one sample that every run is checked with
+    assert (max(samples) == 1) is (stop_at == "export")
     same_checkpoint(whole, tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
 
