@@ -50,6 +50,7 @@ def assert_exact(model: Path, layers: dict[str, foreign.Layer], checkpoint: Path
     return inspect(str(checkpoint))
 
 
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
 GPTQ = {"quant_method": "gptq", "desc_act": False, "group_size": 32}
 CASES = {
     "GPTQ": (foreign.gptq(1), lambda bits: GPTQ | {"bits": bits}),
@@ -112,8 +113,7 @@ def test_efficientqat(tmp_path, model, bits):
 
 def test_awq(tmp_path, model):
     layers = foreign.random_layers(model, 4, 64)
-    config = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
-    convert(str(foreign.write(model, tmp_path / "source", layers, foreign.awq, config)), str(tmp_path / "out"))
+    convert(str(foreign.write(model, tmp_path / "source", layers, foreign.awq, AWQ)), str(tmp_path / "out"))
     assert_exact(model, layers, tmp_path / "out")
 
 
@@ -440,14 +440,25 @@ def test_the_command(tmp_path, model, monkeypatch, capsys):
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm(tmp_path, model):
     """Greedy tokens of conversions are those of transformers, for all sources in one process."""
-    ternary = foreign.gguf_layers(model, "PTQ1_0")
+    ternary, experts = foreign.gguf_layers(model, "PTQ1_0"), foreign.base_model(tmp_path / "mixture", "qwen3_moe")
+
+    def source(name: str, base: Path, bits: int, group: int, pack, config: dict | None) -> Path:
+        return foreign.write(base, tmp_path / f"{name}-source", foreign.random_layers(base, bits, group), pack, config)
+
     sources = {
-        "gptq": plain_gptq(model, tmp_path / "source", foreign.random_layers(model, 2, 64)),
+        "GPTQ": plain_gptq(model, tmp_path / "source", foreign.random_layers(model, 2, 64)),
+        "AutoRound": source("AutoRound", model, 3, 32, CASES["AutoRound"][0], CASES["AutoRound"][1](3)),
+        "EfficientQAT": source("EfficientQAT", model, 2, 64, foreign.efficientqat, None),
+        "AWQ": source("AWQ", model, 4, 64, foreign.awq, AWQ),
+        "compressed-tensors": source(
+            "compressed-tensors", model, 4, 32, foreign.compressed(), foreign.compressed_config(4, 32, False)
+        ),
         "ternary": foreign.write_gguf(model, tmp_path / "tiny.gguf", ternary, "PTQ1_0"),
+        "experts": source("experts", experts, 4, 32, CASES["GPTQ"][0], CASES["GPTQ"][1](4)),
     }
     prompts, jobs, expected = IDS[:, :8].tolist(), [], []
-    for name, source in sources.items():
-        convert(str(source), str(tmp_path / name))
+    for name, folder in sources.items():
+        convert(str(folder), str(tmp_path / name), **({"method": "efficientqat"} if name == "EfficientQAT" else {}))
         jobs.append({"model": str(tmp_path / name), "prompts": prompts, "max_tokens": 6})
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
         settings = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)

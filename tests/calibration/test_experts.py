@@ -1,11 +1,13 @@
 """Mixtures of experts: what is rounded for which tokens, and what is refused."""
 
+import functools
 import json
 import logging
 import shutil
 
 import pytest
 import torch
+from bq_calibration import end_to_end, quantize_block
 from bq_calibration.architecture import input_groups
 from bq_calibration.checkpoint import verify
 from bq_calibration.errors import UserError
@@ -20,7 +22,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from .conftest import CONFIGS, make_model
-from .test_calibrate import SMALL, run
+from .test_calibrate import SMALL, run, same_checkpoint
+
+TRAINED = dict(
+    rotation="hadamard",
+    train_samples=4,
+    held_out=1,
+    block_tokens=256,
+    train_tokens=256,
+    tokens_per_step=64,
+    train_codes=True,
+)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +145,33 @@ def test_full_width_with_two_widths_of_one_name(tmp_path, text):
     model = make_model(tmp_path / "model", "qwen2_moe")
     with pytest.raises(UserError, match="full: down_proj has 192 and 64 inputs"):
         run(model, tmp_path / "out", text, rotation_block=None)
+
+
+@pytest.mark.parametrize("settings", [{}, TRAINED], ids=["rounded", "trained"])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v2"])
+def test_resume_gives_the_same_bytes(architecture, settings, tmp_path, text, monkeypatch):
+    """Interrupted between two experts of the last layer, and at the first step of end-to-end training."""
+    model = make_model(tmp_path / "model", architecture)
+    rounded, counts = quantize_block.round_gptq, []
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_block, "round_gptq", lambda *a: (counts.append(1), rounded(*a))[1])
+        whole = run(model, tmp_path / "whole", text, **settings)
+    stops = {"expert": len(counts) - 3} | ({"step": 0} if settings else {})
+    for place, after in stops.items():
+        calls = []
+
+        def interrupted(*arguments, original, calls=calls, after=after):
+            calls.append(1)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        module, name = {"expert": (quantize_block, "round_gptq"), "step": (end_to_end, "train_model")}[place]
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, functools.partial(interrupted, original=getattr(module, name)))
+            run(model, tmp_path / "out", text, resume=(tmp_path / "out.partial").exists(), **settings)
+    run(model, tmp_path / "out", text, resume=True, **settings)
+    same_checkpoint(whole, tmp_path / "out")
 
 
 def test_experts_on_demand(mixture, tmp_path, text, caplog):
