@@ -50,7 +50,7 @@ def quantize_blocks(
         UserError: if inputs hold NaN or infinity, or a file cannot be written.
     """
     names = [f"{BLOCKS}/{index:05d}" for index in range(source.num_blocks)]
-    if all([workspace.has(name) for name in names]):
+    if all(workspace.has(name) for name in names):
         logger.info("%d blocks from the interrupted run", source.num_blocks)
         return [workspace.report(name) for name in names]
     used, samples = tokens if recipe.block_tokens else tokens[: recipe.samples], parallel.share(recipe.samples)

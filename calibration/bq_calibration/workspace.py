@@ -218,12 +218,11 @@ class Workspace:
             compute: called by the first process alone.
             together: every process calls `compute`.
         """
-        file = self._file(name, ".json")
         if not self.has(name) and (together or parallel.is_first()):
             data = compute()
             if parallel.is_first():
-                write_json(file, data)
-        return parallel.from_first(lambda: json.loads(file.read_text()))
+                write_json(self._file(name, ".json"), data)
+        return self.report(name)
 
     def tensors(self, name: str, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Tensors of a step that are kept as NAME.safetensors; the first process computes them."""
@@ -246,7 +245,7 @@ class Workspace:
         return self.report(name)
 
     def report(self, name: str) -> Any:
-        """Report of a step that has been computed."""
+        """Data or report of a step that has been computed."""
         return parallel.from_first(lambda: json.loads(self._file(name, ".json").read_text()))
 
     def has(self, name: str) -> bool:

@@ -172,21 +172,23 @@ def same_checkpoint(a: Path, b: Path) -> None:
             assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
+def interrupted(original, after: int):
+    """`original`; every call behind the first `after` is Ctrl-C."""
+    calls = []
+
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    return wrapper
+
+
 @pytest.mark.parametrize("stop_at", ["tokens", "quantize", "write", "export"])
 def test_resume_after_ctrl_c_gives_the_same_bytes(stop_at, tmp_path, model, text, monkeypatch):
     whole = run(model, tmp_path / "whole", text)
     with monkeypatch.context() as patch:
-        calls = []
-
-        def interrupted(original, after):
-            def wrapper(*args, **kwargs):
-                calls.append(1)
-                if len(calls) > after:
-                    raise KeyboardInterrupt
-                return original(*args, **kwargs)
-
-            return wrapper
-
         if stop_at == "tokens":
             patch.setattr(data_module, "calibration_tokens", interrupted(calibration_tokens, 0))
         elif stop_at == "quantize":

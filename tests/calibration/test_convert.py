@@ -50,7 +50,7 @@ def assert_exact(model: Path, layers: dict[str, foreign.Layer], checkpoint: Path
     return inspect(str(checkpoint))
 
 
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
+AWQ = {"quant_method": "awq", "group_size": 64, "version": "gemm", "zero_point": True}
 GPTQ = {"quant_method": "gptq", "desc_act": False, "group_size": 32}
 CASES = {
     "GPTQ": (foreign.gptq(1), lambda bits: GPTQ | {"bits": bits}),
@@ -59,6 +59,8 @@ CASES = {
         foreign.gptq(0),
         lambda bits: {"quant_method": "auto-round", "packing_format": "auto_round:exllamav2", "bits": bits},
     ),
+    "EfficientQAT": (foreign.efficientqat, lambda bits: None),
+    "AWQ": (foreign.awq, lambda bits: AWQ | {"bits": bits}),
     "compressed-tensors": (foreign.compressed(), lambda bits: foreign.compressed_config(bits, 32, False)),
     "compressed-tensors 0.20": (
         foreign.compressed(foreign.streams),
@@ -113,7 +115,8 @@ def test_efficientqat(tmp_path, model, bits):
 
 def test_awq(tmp_path, model):
     layers = foreign.random_layers(model, 4, 64)
-    convert(str(foreign.write(model, tmp_path / "source", layers, foreign.awq, AWQ)), str(tmp_path / "out"))
+    pack, config = CASES["AWQ"]
+    convert(str(foreign.write(model, tmp_path / "source", layers, pack, config(4))), str(tmp_path / "out"))
     assert_exact(model, layers, tmp_path / "out")
 
 
@@ -442,19 +445,19 @@ def test_vllm(tmp_path, model):
     """Greedy tokens of conversions are those of transformers, for all sources in one process."""
     ternary, experts = foreign.gguf_layers(model, "PTQ1_0"), foreign.base_model(tmp_path / "mixture", "qwen3_moe")
 
-    def source(name: str, base: Path, bits: int, group: int, pack, config: dict | None) -> Path:
-        return foreign.write(base, tmp_path / f"{name}-source", foreign.random_layers(base, bits, group), pack, config)
+    def source(case: str, bits: int, group: int, base: Path = model) -> Path:
+        pack, config = CASES[case]
+        layers, folder = foreign.random_layers(base, bits, group), tmp_path / f"{case}-{base.name}-source"
+        return foreign.write(base, folder, layers, pack, config(bits))
 
     sources = {
         "GPTQ": plain_gptq(model, tmp_path / "source", foreign.random_layers(model, 2, 64)),
-        "AutoRound": source("AutoRound", model, 3, 32, CASES["AutoRound"][0], CASES["AutoRound"][1](3)),
-        "EfficientQAT": source("EfficientQAT", model, 2, 64, foreign.efficientqat, None),
-        "AWQ": source("AWQ", model, 4, 64, foreign.awq, AWQ),
-        "compressed-tensors": source(
-            "compressed-tensors", model, 4, 32, foreign.compressed(), foreign.compressed_config(4, 32, False)
-        ),
+        "AutoRound": source("AutoRound", 3, 32),
+        "EfficientQAT": source("EfficientQAT", 2, 64),
+        "AWQ": source("AWQ", 4, 64),
+        "compressed-tensors": source("compressed-tensors", 4, 32),
         "ternary": foreign.write_gguf(model, tmp_path / "tiny.gguf", ternary, "PTQ1_0"),
-        "experts": source("experts", experts, 4, 32, CASES["GPTQ"][0], CASES["GPTQ"][1](4)),
+        "experts": source("GPTQ", 4, 32, experts),
     }
     prompts, jobs, expected = IDS[:, :8].tolist(), [], []
     for name, folder in sources.items():

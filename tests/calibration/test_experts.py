@@ -1,6 +1,5 @@
 """Mixtures of experts: what is rounded for which tokens, and what is refused."""
 
-import functools
 import json
 import logging
 import shutil
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from .conftest import CONFIGS, make_model
-from .test_calibrate import SMALL, run, same_checkpoint
+from .test_calibrate import SMALL, interrupted, run, same_checkpoint
 
 TRAINED = dict(
     rotation="hadamard",
@@ -158,17 +157,9 @@ def test_resume_gives_the_same_bytes(architecture, settings, tmp_path, text, mon
         whole = run(model, tmp_path / "whole", text, **settings)
     stops = {"expert": len(counts) - 3} | ({"step": 0} if settings else {})
     for place, after in stops.items():
-        calls = []
-
-        def interrupted(*arguments, original, calls=calls, after=after):
-            calls.append(1)
-            if len(calls) > after:
-                raise KeyboardInterrupt
-            return original(*arguments)
-
         module, name = {"expert": (quantize_block, "round_gptq"), "step": (end_to_end, "train_model")}[place]
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module, name, functools.partial(interrupted, original=getattr(module, name)))
+            patch.setattr(module, name, interrupted(getattr(module, name), after))
             run(model, tmp_path / "out", text, resume=(tmp_path / "out.partial").exists(), **settings)
     run(model, tmp_path / "out", text, resume=True, **settings)
     same_checkpoint(whole, tmp_path / "out")
