@@ -92,8 +92,11 @@ class ButterflyConfig(QuantizationConfig):
             return [name.removesuffix(".weight") for name in hf_to_vllm_mapper.apply_list([f"{module}.weight"])]
 
         names = tuple(name for module in self.quant.modules_to_not_convert for name in renamed(module))
-        bits = {name: bits for module, bits in self.quant.module_bits.items() for name in renamed(module)}
-        self.quant = replace(self.quant, modules_to_not_convert=names, module_bits=bits)
+        bits, kept = (
+            {name: value for module, value in table.items() for name in renamed(module)}
+            for table in (self.quant.module_bits, self.quant.kept_tokens)
+        )
+        self.quant = replace(self.quant, modules_to_not_convert=names, module_bits=bits, kept_tokens=kept)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Method of a layer; None, vLLM's default, for attention, and an embedding or LM head that is not packed.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from bq_kernels.format import ACTIVATION_BITS, FormatError, QuantConfig
-from bq_kernels.prepared import prepared_embedding
+from bq_kernels.format import ACTIVATION_BITS, KEPT, FormatError, QuantConfig
+from bq_kernels.prepared import PreparedWeights, prepared_embedding
 from torch.nn import Parameter
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
@@ -29,11 +29,27 @@ class ButterflyEmbeddingMethod(ButterflyLinearMethod):
     def __init__(self, config: QuantConfig, module: str) -> None:
         super().__init__(config, [module])
         self.activation_bits = ACTIVATION_BITS[0]  # logits are not worth the rounding
+        self.keeps = module in config.kept_tokens
         self.dense = UnquantizedEmbeddingMethod() if self.backend == "dense" else None
 
     def checkpoint_rows(self, layer: torch.nn.Module, output_partition_sizes: list[int], ranks: int) -> list[int]:
         """Tokens in the checkpoint, without vLLM's padding."""
         return [layer.org_vocab_size]
+
+    def _stored(self, layer: torch.nn.Module, angles: torch.Tensor | None) -> tuple:
+        """A layer in the checkpoint's layout; of the rows that are kept, those of this rank, in the model's dtype."""
+        stored = super()._stored(layer, angles)
+        if not self.keeps:
+            return stored
+        tokens, rows = layer.kept_tokens.data, layer.kept_rows.data
+        first, last = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
+        own = (tokens >= first) & (tokens < last)
+        return *stored, tokens[own] - first, rows[own].to(layer.params_dtype)
+
+    def prepared(self, layer: torch.nn.Module) -> PreparedWeights:
+        """The weights of a layer whose backend is not `dense`."""
+        kept = {name: getattr(layer, name) for name in KEPT} if self.keeps else {}
+        return super().prepared(layer)._replace(**kept)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check the loaded tensors and bring them into the layout of the backend; again after every reload.

@@ -9,7 +9,7 @@ from types import MethodType
 
 import torch
 from bq_kernels import ops, reference
-from bq_kernels.format import GROUP_MULTIPLE, PER_CHANNEL, FormatError, QuantConfig, TensorSpec
+from bq_kernels.format import GROUP_MULTIPLE, KEPT, PER_CHANNEL, FormatError, QuantConfig, TensorSpec
 from bq_kernels.prepared import PreparedWeights, prepare_weights, prepared_linear
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
@@ -170,7 +170,7 @@ class ButterflyLinearMethod(LinearMethodBase):
             if suffix == "qweight":
                 packing = {"packed_dim": 1, "packed_factor": Fraction(32, self.bits)}
                 param = PackedvLLMParameter(input_dim=1, output_dim=0, **packing, **common)
-            elif suffix == "angles":
+            elif suffix == "angles" or suffix in KEPT:
                 param = BasevLLMParameter(**common)
             elif self.config.group_size == PER_CHANNEL:
                 param = ChannelQuantScaleParameter(output_dim=0, **common)
@@ -238,7 +238,7 @@ class ButterflyLinearMethod(LinearMethodBase):
             prepared = {"weight": self._dense_weight(layer, angles)}
         else:
             prepared = prepare_weights(*self._stored(layer, angles), tiled=self.backend == "triton")._asdict()
-        for name in ("qweight", "scales", "zeros", "angles"):
+        for name in ("qweight", "scales", "zeros", "angles", *KEPT):
             if hasattr(layer, name):
                 delattr(layer, name)
         for name, data in prepared.items():
@@ -254,7 +254,7 @@ class ButterflyLinearMethod(LinearMethodBase):
         """Launch the layer's kernels as for the tokens x [M, K]: those that are compiled ahead."""
         self.apply(layer, x, bias)
         if self.fuses_norm and len(self.modules) > 1:  # layers that share an input: a norm may come in front
-            qweight, scales, zeros, *tables = self.prepared(layer)
+            qweight, scales, zeros, *tables = self.prepared(layer)[:5]
             packed = (qweight, scales, zeros, bias, layer.packed_out_features, *tables, self.activation_bits)
             for residual in (x, None):
                 ops.norm_linear(x, residual, x.new_zeros(x.shape[1]), 0.0, *packed)

@@ -325,6 +325,9 @@ def variants() -> Iterator[dict]:
             yield GOOD | {"rotation": {"kind": kind, "block_size": copy.deepcopy(value)}}
     for value in VALUES:
         yield GOOD | {"module_bits": {"model.layers.0.mlp.down_proj": copy.deepcopy(value)}}
+        packed = GOOD | {"module_bits": {"lm_head": 4}}
+        yield packed | {"kept_tokens": copy.deepcopy(value)}
+        yield packed | {"kept_tokens": {"lm_head": copy.deepcopy(value)}}
 
 
 def test_schema_and_code_judge_alike():

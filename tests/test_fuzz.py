@@ -53,8 +53,9 @@ FORMATS = {
     "mixed bits": {"module_bits": {f"model.layers.0.mlp.{n}_proj": 3 for n in ("gate", "up", "down")}},
     "packed embedding": {"skip": (), "module_bits": {EMBED: 4}, "zero_point": "float"},
     "packed embedding and head": {"skip": (), "module_bits": {EMBED: 3, HEAD: 4}, "block_size": {"default": 64}},
+    "kept rows": {"skip": (), "kind": "hadamard", "module_bits": {EMBED: 4}, "kept_tokens": {EMBED: 40}},
 }
-TIED, SHARDED = ("packed embedding",), ("2 bits", "packed embedding and head")
+TIED, SHARDED = ("packed embedding", "kept rows"), ("2 bits", "packed embedding and head")
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,7 @@ def of_format(folder: Path, chooser: random.Random) -> Fault:
             },
         },
         "module_bits": lambda: {name: chooser.choice((2, 3, 4)) for name in chooser.sample(modules, 2)},
+        "kept_tokens": lambda: {chooser.choice(modules): chooser.choice((0, 1, 40, 500, 501, True))},
         "modules_to_not_convert": lambda: chooser.sample([*modules, "k_proj"], chooser.randrange(3)),
         "prefill_activation_bits": lambda: chooser.choice((4, 8, 16)),
         "format_version": lambda: chooser.choice((0, 1, 2, "1")),
@@ -216,6 +218,8 @@ def of_tensor(folder: Path, chooser: random.Random) -> Fault:
 
 def _random_like(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Other values that the format allows, but for angles that layers share."""
+    if name.endswith("kept_tokens"):
+        return torch.randperm(tiny.VOCABULARY, generator=generator)[: len(tensor)].sort().values.int()
     if not tensor.is_floating_point():
         return pack(torch.randint(0, 4, (len(tensor), tensor.shape[1] * 16), generator=generator), 2)
     return (tensor * (0.5 + torch.rand(tensor.shape, generator=generator))).to(tensor.dtype)

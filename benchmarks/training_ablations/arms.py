@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FROZEN = {"train_codes": False}
+BLOCKS = {"block_tokens": 61_440}  # each trained on so many first
+TOGETHER = BLOCKS | FROZEN | {"tokens_per_step": 512, "schedule": "wsd"}
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ ARMS: dict[str, dict[str, Arm]] = {
         **_rates("norms", 2e-3),
     },
     "start": {
-        "blocks trained": Arm({"block_tokens": 61_440}),
-        "blocks trained, codes frozen": Arm({"block_tokens": 61_440} | FROZEN),
+        "blocks trained": Arm(BLOCKS),
+        "blocks trained, codes frozen": Arm(BLOCKS | FROZEN),
         "nearest level": Arm({"rounding": "rtn", "refine": 0}),
     },
     "loss": {
@@ -78,5 +80,11 @@ ARMS: dict[str, dict[str, Arm]] = {
     "format": {
         "float zero": Arm({"zero_point": "float"}),
         "2.3 bits": Arm({"target_bpw": 2.3}),
+    },
+    "behind trained blocks": {
+        "512 tokens per step, wsd": Arm(TOGETHER),
+        "512 tokens per step": Arm(TOGETHER | {"schedule": "cosine"}),
+        "512 tokens per step, wsd, scales 0.01": Arm(TOGETHER, rates={"scales": 1e-2}),
+        "512 tokens per step, wsd, codes move": Arm(TOGETHER | {"train_codes": True}),
     },
 }

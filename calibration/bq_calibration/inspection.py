@@ -50,7 +50,12 @@ def describe(folder: Path) -> dict[str, Any]:
         },
         "layers": {name: {"out_features": n, "in_features": k} for name, (n, k) in verified.layers.items()},
         "embeddings": {
-            name: {"tokens": n, "features": k, "bits": verified.config.bits_of(name)}
+            name: {
+                "tokens": n,
+                "features": k,
+                "bits": verified.config.bits_of(name),
+                "kept_tokens": verified.config.kept_tokens.get(name, 0),
+            }
             for name, (n, k) in verified.embeddings.items()
         },
         "report": read_report(folder),
@@ -110,8 +115,11 @@ def _summary(description: dict[str, Any]) -> Table:
     rows = {"bits, group, zero point": f"{config['bits']}, {config['group_size']}, {config['zero_point']}"}
     rows["rotation"] = f"{config['rotation']['kind']} {config['rotation'].get('block_size', '')}"
     rows["packed layers"] = str(len(description["layers"]))
-    embeddings = description["embeddings"].items()
-    rows["embedding, LM head"] = ", ".join(f"{name}: {e['bits']} bits" for name, e in embeddings) or "not quantized"
+    embeddings = [
+        f"{name}: {table['bits']} bits" + (f", {table['kept_tokens']} tokens in 16" if table["kept_tokens"] else "")
+        for name, table in description["embeddings"].items()
+    ]
+    rows["embedding, LM head"] = "; ".join(embeddings) or "not quantized"
     rows["bits per weight of the whole file"] = f"{description['file_bits_per_weight']:.4f}"
     rows["bits per weight of linear layers, all counted"] = f"{description['bits_per_weight']:.4f}"
     weights = sum(layer["out_features"] * layer["in_features"] for layer in description["layers"].values())

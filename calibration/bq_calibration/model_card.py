@@ -170,12 +170,15 @@ def _kept(source: SourceModel, config: QuantConfig) -> str:
     names = source.embedding_names
     titles = ("embedding", "LM head") if len(names) == 2 else ("embedding and LM head (one weight)",)
     titles = dict(zip(names, titles, strict=True))
-    packed = [
-        f"{title[0].upper()}{title[1:]}: {config.bits_of(n)} bits." for n, title in titles.items() if config.packs(n)
-    ]
+    packed = [f"{titles[n][0].upper()}{titles[n][1:]}: {_bits_of_table(config, n)}." for n in names if config.packs(n)]
     kept = [title for name, title in titles.items() if not config.packs(name)]
     rest = [*kept, "norms", *(part.replace("_", " ") for part in source.other_parts)]
     return " ".join([*packed, f"As in the original: {', '.join(rest)}."])
+
+
+def _bits_of_table(config: QuantConfig, name: str) -> str:
+    kept = config.kept_tokens.get(name)
+    return f"{config.bits_of(name)} bits" + (f", the rows of the {kept} most frequent tokens in 16" if kept else "")
 
 
 def _source_card(folder: Path) -> dict[str, Any]:

@@ -24,21 +24,25 @@ def divergence(student: Student, output: torch.Tensor, target: torch.Tensor) -> 
         output: states of the quantized model, [..., hidden].
         target: those of the 16-bit model.
     """
-    head, dtype = student.head, student.source.training_dtype
+    head, inputs = student.head, output.to(student.source.training_dtype).flatten(0, -2)
+    plain, trained = None, (None, None)
     if isinstance(head, QuantizedLinear):
-        inputs, trained = head.rotation(output), head.rounded()
-    else:
-        inputs, trained = output.to(dtype), (None, None)
-    return _Divergence.apply(inputs.flatten(0, -2), *trained, head, student.original_head, target.flatten(0, -2))
+        plain = None if head.kept_tokens is None else inputs
+        inputs, trained = head.rotation(output).flatten(0, -2), head.rounded()
+    return _Divergence.apply(inputs, plain, *trained, head, student.original_head, target.flatten(0, -2))
 
 
 class _Divergence(torch.autograd.Function):
-    """Gradients of the head's inputs, and of its scales and zeros where it is packed."""
+    """Gradients of the head's inputs, and of its scales and zeros where it is packed.
+
+    The inputs of a packed head come rotated, for its packed rows, and plain, for those that are kept in 16 bits.
+    """
 
     @staticmethod
     def forward(
         ctx,
         inputs: torch.Tensor,
+        plain: torch.Tensor | None,
         scales: torch.Tensor | None,
         zeros: torch.Tensor | None,
         head: nn.Linear | QuantizedLinear,
@@ -46,21 +50,29 @@ class _Divergence(torch.autograd.Function):
         target: torch.Tensor,
     ) -> torch.Tensor:
         weight = head.weight if scales is None else head.weight(inputs.dtype)
+        kept, kept_rows = (None, None) if plain is None else (head.kept_tokens, head.kept_rows.to(inputs.dtype))
         rows = max(1, LOGIT_BYTES[inputs.device.type] // (weight.element_size() * len(weight)))
         total = torch.zeros((), device=inputs.device)
-        gradients = [None if values is None else torch.zeros_like(values) for values in (inputs, scales, zeros)]
+        gradients = [None if values is None else torch.zeros_like(values) for values in (inputs, plain, scales, zeros)]
         for start in range(0, len(inputs), rows):
             part = slice(start, start + rows)
             x = inputs[part]
             logits = F.linear(x, weight, head.bias)
+            if kept is not None:
+                logits.index_add_(-1, kept, plain[part] @ kept_rows.T)
             total += divergence_(logits, original_head(target[part].to(x.dtype))).sum()
             if ctx.needs_input_grad[0]:
                 gradients[0][part] = logits @ weight
-            if ctx.needs_input_grad[1]:
-                by_scale, by_zero = level_gradients(logits.T @ x, weight, scales, zeros)
-                gradients[1] += by_scale
+            if kept is not None and ctx.needs_input_grad[1]:
+                gradients[1][part] = logits[:, kept] @ kept_rows
+            if ctx.needs_input_grad[2]:
+                by_weight = logits.T @ x
+                if kept is not None:
+                    by_weight.index_fill_(0, kept, 0)
+                by_scale, by_zero = level_gradients(by_weight, weight, scales, zeros)
+                gradients[2] += by_scale
                 if zeros is not None:
-                    gradients[2] += by_zero
+                    gradients[3] += by_zero
         ctx.save_for_backward(*gradients)
         return total
 

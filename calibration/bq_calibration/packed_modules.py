@@ -35,7 +35,7 @@ class PackedModule(nn.Module):
         self.columns = columns
         self.kind = config.rotation.kind
         self.block_size = config.rotation.block(name)
-        self.zeros = self.angles = None
+        self.zeros = self.angles = self.kept_tokens = self.kept_rows = None
         for suffix, spec in config.tensors(name, columns, rows).items():
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
             setattr(self, suffix, nn.Parameter(tensor, requires_grad=False))
@@ -45,11 +45,13 @@ class PackedModule(nn.Module):
     def _stored(self) -> tuple:
         """The weight in the checkpoint's layout: the arguments of `dense_weight` and `prepare_weights`."""
         angles = angles_of(self.kind, self.angles, self.columns, self.block_size, self.qweight.device)
-        return self.qweight, self.scales, self.zeros, angles, self.block_size, self.columns
+        kept = self.kept_tokens, self.kept_rows
+        return self.qweight, self.scales, self.zeros, angles, self.block_size, self.columns, *kept
 
     def _apply(self, fn, recurse=True):
         """Move the format's tensors, but never round them: `.to(torch.bfloat16)` casts only what is beside them."""
-        exact = {id(tensor) for tensor in (self.qweight, self.scales, self.zeros, self.angles) if tensor is not None}
+        stored = self.qweight, self.scales, self.zeros, self.angles, self.kept_tokens, self.kept_rows
+        exact = {id(tensor) for tensor in stored if tensor is not None}
 
         def apply(tensor: torch.Tensor) -> torch.Tensor:
             new = fn(tensor)

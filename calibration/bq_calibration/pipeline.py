@@ -224,7 +224,7 @@ class Calibration:
         widths = {group: block.in_features(group) for block in blocks for group in block.groups}
         if self.recipe.target_bpw is not None and any(group.experts for group in widths):
             raise UserError("--target-bpw: a mixture of experts has the same bits everywhere; use --bits")
-        config = quant_config(self.recipe, widths, embeddings)
+        config = quant_config(self.recipe, widths, embeddings, self.source.vocabulary)
         others = dict.fromkeys(name for block in blocks for name in other_matrices(block.module, block.groups))
         kept = (*config.modules_to_not_convert, *others, *self.source.other_parts)
         config = dataclasses.replace(config, modules_to_not_convert=kept)

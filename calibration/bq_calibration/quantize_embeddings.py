@@ -1,6 +1,8 @@
 """The embedding and the LM head in few bits, once everything between them is rounded.
 
-Rows are tokens and are rounded one by one, each with scales of its own: how often a token occurs changes nothing.
+Rows are tokens and are rounded one by one, each with scales of its own: how often a token occurs changes nothing there.
+But an error in the row of a frequent token is met often, in its look-up and in every prediction of it. So the rows of
+the most frequent ones are also kept in 16 bits.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bq_kernels.format import QuantConfig
+from bq_kernels.format import KEPT, QuantConfig
 from bq_kernels.reference import angles_of, dense_weight
 from rich.progress import Progress
 
@@ -76,14 +78,21 @@ def quantize_embeddings(
                 statistics = head_inputs(source, config, packed, embedding, own, progress)
                 hessian, sample = statistics.hessian, statistics.sample
             seed = derive_seed(recipe.seed, source.num_blocks, place)
-            settings = config, recipe, seed, progress
-            return parallel.from_first(functools.partial(_round, name, weight, hessian, sample, *settings))
+            kept = _frequent(tokens, len(weight), config.kept_tokens.get(name, 0))
+            arguments = name, weight, hessian, sample, kept, config, recipe, seed, progress
+            return parallel.from_first(functools.partial(_round, *arguments))
 
         report = workspace.step(f"{EMBEDDINGS}/{name}", compute)
         logger.info("%s: %d bits, error %.4f", name, report["bits"], report["relative_error"])
         reports.append(report)
     folder = workspace.path / EMBEDDINGS
     return TensorStore(blocks, [*packed.files, *(folder / f"{name}.safetensors" for name in names)]), reports
+
+
+def _frequent(tokens: torch.Tensor, vocabulary: int, count: int) -> torch.Tensor:
+    """The `count` most frequent tokens of a text, int64 in ascending order; of equally frequent ones the first."""
+    often = torch.bincount(tokens.flatten(), minlength=vocabulary)
+    return often.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _dense(
@@ -94,7 +103,8 @@ def _dense(
     block_size, kind = config.rotation.block(name), config.rotation.kind
     angles = angles_of(kind, stored.get(f"{name}.angles"), features, block_size)
     packed = stored[f"{name}.qweight"], stored[f"{name}.scales"], stored.get(f"{name}.zeros")
-    return {f"{name}.weight": dense_weight(*packed, angles, block_size, features)}
+    kept = (stored.get(f"{name}.{suffix}") for suffix in KEPT)
+    return {f"{name}.weight": dense_weight(*packed, angles, block_size, features, *kept)}
 
 
 @torch.no_grad()
@@ -140,21 +150,26 @@ def _round(
     weight: torch.Tensor,
     hessian: torch.Tensor,
     sample: torch.Tensor,
+    kept: torch.Tensor,
     config: QuantConfig,
     recipe: Recipe,
     seed: int,
     progress: Progress,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors of the checkpoint, by full name and checked against the format, and the report, for weight [N, K]."""
+    """Tensors of the checkpoint, by full name and checked against the format, and the report, for weight [N, K].
+
+    Rows `kept` are stored in 16 bits as well.
+    """
     bits, block_size = config.bits_of(name), config.rotation.block(name)
     with torch.enable_grad():
         angles, losses = find_angles(weight, hessian, sample, block_size, bits, config, recipe, seed)
     task = progress.add_task(f"rounding {name}", total=len(weight))
     parts, lost, energy = [], 0.0, 0.0
-    for rows in weight.split(ROWS):
+    packed = torch.ones(len(weight), 1, device=weight.device).index_fill_(0, kept.to(weight.device), 0)
+    for rows, read in zip(weight.split(ROWS), packed.split(ROWS), strict=True):
         rows, basis = rotated(rows, hessian, angles, block_size)
         quantized = refine(round_weight(rows, basis, bits, config, recipe), rows, basis, recipe.refine)
-        error = quantized.weight() - rows
+        error = (quantized.weight() - rows) * read
         lost, energy = lost + float(((error @ basis) * error).sum()), energy + float(((rows @ basis) * rows).sum())
         parts.append(quantized.tensors())
         progress.advance(task, len(rows))
@@ -162,7 +177,10 @@ def _round(
     stored = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
     if config.rotation.kind == "butterfly":
         stored["angles"] = angles.cpu()
+    if len(kept):
+        stored |= dict(zip(KEPT, (kept.int(), weight[kept].half().cpu()), strict=True))
     for suffix, spec in config.tensors(name, weight.shape[1], len(weight)).items():
         spec.check(f"{name}.{suffix}", stored[suffix])
     report = {"layer": name, "bits": bits, "rotation_block": block_size, "relative_error": lost / energy}
+    report["kept_tokens"] = len(kept)
     return {f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}, report | {"learning_curve": losses}

@@ -139,11 +139,11 @@ class QuantizedLinear(nn.Module):
     weight, but no further than INIT_MARGIN from the code that rounding with error feedback has chosen.
 
     Args:
-        tensors: `qweight`, `scales` and `zeros` of the layer as stored.
+        tensors: `qweight`, `scales` and `zeros` of the layer as stored; `kept_tokens` and `kept_rows` of a table.
         bits: bits per code.
         rotation: in front of it.
         bias: or None.
-        weight: 16-bit weight [N, K], to train the codes; None freezes them.
+        weight: 16-bit weight [N, K], to train the codes; None freezes them. Not of a table with rows that are kept.
         latent_dtype: of the latent codes.
     """
 
@@ -163,6 +163,8 @@ class QuantizedLinear(nn.Module):
         self.scale_ratio = nn.Parameter(torch.ones_like(scales))
         self.zeros = nn.Parameter(tensors["zeros"].float()) if "zeros" in tensors else None
         self.bias = bias
+        self.register_buffer("kept_tokens", tensors["kept_tokens"].long() if "kept_tokens" in tensors else None)
+        self.register_buffer("kept_rows", tensors.get("kept_rows"))
         if weight is None:
             self.register_buffer("codes", tensors["qweight"])
         else:
@@ -198,31 +200,40 @@ class QuantizedLinear(nn.Module):
         packed = parallel.whole(self.codes.detach())
         if packed.is_floating_point():
             packed = pack(packed.round().clamp(0, largest_code(self.bits)).to(torch.uint8).flatten(1), self.bits)
-        kept = {"qweight": packed, "scales": self._scales().detach().half()}
-        return kept | ({} if self.zeros is None else {"zeros": self.zeros.detach().half()})
+        stored = {"qweight": packed, "scales": self._scales().detach().half()}
+        if self.kept_tokens is not None:
+            stored |= {"kept_tokens": self.kept_tokens.int(), "kept_rows": self.kept_rows}
+        return stored | ({} if self.zeros is None else {"zeros": self.zeros.detach().half()})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """W′ Q x + bias in the rotation's dtype, accumulated in float32; x [..., K]."""
         y = QuantLinearFunction.apply(self.rotation(x), self.codes, *self.rounded(), self.bits)
+        if self.kept_tokens is not None:
+            y = y.index_copy(-1, self.kept_tokens, F.linear(x.to(y.dtype), self.kept_rows.to(y.dtype)))
         return y if self.bias is None else y + self.bias
 
     def rows(self, numbers: torch.Tensor) -> torch.Tensor:
         """Rows of W = W′ Q, by number int64 [...]: float32 [..., K], differentiable; of packed codes."""
         scales, zeros = (None if values is None else F.embedding(numbers, values) for values in self.rounded())
         rows = weight_of(self.codes[numbers], scales, zeros, self.bits)
-        if self.rotation.angles is None:
+        if self.rotation.angles is not None:
+            rows = self.rotation.current().inverse(rows.flatten(0, -2)).view_as(rows)
+        if self.kept_tokens is None:
             return rows
-        return self.rotation.current().inverse(rows.flatten(0, -2)).view_as(rows)
+        place = torch.searchsorted(self.kept_tokens, numbers).clamp_(max=len(self.kept_tokens) - 1)
+        kept = (self.kept_tokens[place] == numbers).unsqueeze(-1)
+        return torch.where(kept, self.kept_rows[place].float(), rows)
 
     @torch.no_grad()
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """W′ [N, K] in `dtype`, of packed codes; they are unpacked in float32, some rows at a time."""
+        """W′ [N, K] in `dtype`, of packed codes; they are unpacked in float32, some rows at a time. Rows that are kept
+        in 16 bits are 0."""
         scales, zeros = self.rounded()
         weight = torch.empty(len(scales), self.codes.shape[1] * 32 // self.bits, dtype=dtype, device=scales.device)
         for start in range(0, len(scales), UNPACKED_ROWS):
             part = slice(start, start + UNPACKED_ROWS)
             weight[part] = weight_of(self.codes[part], scales[part], None if zeros is None else zeros[part], self.bits)
-        return weight
+        return weight if self.kept_tokens is None else weight.index_fill_(0, self.kept_tokens, 0)
 
 
 class QuantizedEmbedding(nn.Module):

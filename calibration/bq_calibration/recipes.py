@@ -25,6 +25,7 @@ from .errors import UserError
 from .schedule import SCHEDULES
 
 UNPACKED = 16  # bits of an embedding or LM head that stays as it is
+KEPT_SHARE = 16  # a table keeps at most one row of so many in 16 bits
 FORMAT, ROTATION, ROUNDING, TRAINING, DATA = "Format", "Rotation", "Rounding", "Training", "Data"  # sections of --help
 
 OPTIMIZER_BITS = (32, 8)
@@ -69,6 +70,12 @@ class Recipe:
         FORMAT,
         "Bits of the LM head; where it is tied to the embedding, both have the same.",
         choices=(*BITS, UNPACKED),
+    )
+    kept_tokens: int = _setting(
+        768,
+        FORMAT,
+        "Most frequent tokens, up to a sixteenth of all, whose rows of a quantized embedding or LM head keep 16 bits.",
+        least=0,
     )
     unquantized_dtype: str = _setting(
         "auto",
@@ -307,13 +314,16 @@ def packed_embeddings(recipe: Recipe, names: tuple[str, ...], model: str) -> dic
     return {name: value for name, value in bits.items() if value != UNPACKED}
 
 
-def quant_config(recipe: Recipe, widths: dict[InputGroup, int], embeddings: dict[str, int]) -> QuantConfig:
+def quant_config(
+    recipe: Recipe, widths: dict[InputGroup, int], embeddings: dict[str, int], vocabulary: int
+) -> QuantConfig:
     """The checkpoint's quantization config, checked against the widths of the model's inputs.
 
     Args:
         recipe: settings of the run.
         widths: input features of every group of layers; the first group reads the hidden states.
         embeddings: from `packed_embeddings`.
+        vocabulary: rows of the embedding.
 
     Raises:
         UserError: if a group or a rotation block does not divide a width, or a tensor-parallel shard of one.
@@ -344,6 +354,8 @@ def quant_config(recipe: Recipe, widths: dict[InputGroup, int], embeddings: dict
     try:
         rotation = RotationConfig(recipe.rotation, blocks if recipe.rotation != "none" else {})
         kept = () if recipe.head_bits != UNPACKED else (HEAD,)
-        return QuantConfig(recipe.bits, recipe.group_size, recipe.zero_point, rotation, kept, embeddings)
+        rows = min(recipe.kept_tokens, vocabulary // KEPT_SHARE)
+        tokens = dict.fromkeys(embeddings, rows) if rows else {}
+        return QuantConfig(recipe.bits, recipe.group_size, recipe.zero_point, rotation, kept, embeddings, tokens)
     except FormatError as error:
         raise UserError(str(error)) from error

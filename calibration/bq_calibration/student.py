@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from bq_kernels.format import QuantConfig
+from bq_kernels.format import KEPT, QuantConfig
 from bq_kernels.reference import angles_of
 from torch import nn
 
@@ -81,10 +81,11 @@ class Trainable:
         weight: torch.Tensor | None = None,
     ) -> QuantizedLinear:
         """The trainable layer of a full name; `weight` trains its codes."""
-        device, zeros = self.source.device, ("zeros",) if self.config.zero_point == "float" else ()
-        tensors = {suffix: packed.get(f"{name}.{suffix}").to(device) for suffix in ("qweight", "scales", *zeros)}
+        zeros = ("zeros",) if self.config.zero_point == "float" else ()
+        suffixes = ("qweight", "scales", *zeros, *(KEPT if name in self.config.kept_tokens else ()))
+        tensors = {suffix: packed.get(f"{name}.{suffix}").to(self.source.device) for suffix in suffixes}
         layer = QuantizedLinear(tensors, self.config.bits_of(name), rotation, bias, weight, self.latent_dtype)
-        self.layers[name] = layer.to(device)
+        self.layers[name] = layer.to(self.source.device)
         return self.layers[name]
 
     def replace_linears(self, block: Block, packed: Packed) -> None:

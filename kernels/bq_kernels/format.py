@@ -21,6 +21,7 @@ GROUP_MULTIPLE = 32  # 32 codes fill whole int32 words for 2, 3 and 4 bits alike
 PER_CHANNEL = -1
 ACTIVATION_BITS = (16, 8)  # 16: activations stay as they are
 EMBEDDING, HEAD = "embed_tokens", "lm_head"  # last parts of their names
+KEPT = "kept_tokens", "kept_rows"  # tensors of a packed embedding or LM head that hold rows in 16 bits
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # positive float16
 
 
@@ -30,11 +31,19 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype that a stored tensor must have; with `positive`, its values must be above zero."""
+    """Shape and dtype that a stored tensor must have, and limits of its values.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: of the tensor.
+        positive: whether its values must be above zero.
+        rows: its values must be numbers of so many rows, in ascending order; None where they need not.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     positive: bool = False
+    rows: int | None = None
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
         """Refuse `tensor` unless it has this shape and dtype and, if it holds floats, only finite and allowed ones.
@@ -52,6 +61,10 @@ class TensorSpec:
             raise FormatError(
                 f"{name}: holds zero or a negative number, scales are positive; write or download the checkpoint again"
             )
+        if self.rows is not None:
+            known = bool((tensor >= 0).all()) and bool((tensor < self.rows).all())
+            if not known or not bool((tensor.diff() > 0).all()):
+                raise FormatError(f"{name}: expected ascending numbers of {self.rows} rows")
 
 
 def largest_code(bits: int) -> int:
@@ -142,6 +155,8 @@ class QuantConfig:
     Attributes:
         module_bits: modules, by full name, that have another number of bits than `bits`; absent where it is empty. The
             embedding and the LM head are packed only where it names them.
+        kept_tokens: how many rows of a packed embedding or LM head, by full name, are stored in 16 bits as well, and
+            read instead of the packed ones; absent where it is empty.
         prefill_activation_bits: bits of the rotated activations with the tokens of a prefill; absent where it is 16.
 
     Raises:
@@ -154,6 +169,7 @@ class QuantConfig:
     rotation: RotationConfig = field(default_factory=RotationConfig)
     modules_to_not_convert: tuple[str, ...] = ("lm_head",)
     module_bits: dict[str, int] = field(default_factory=dict)
+    kept_tokens: dict[str, int] = field(default_factory=dict)
     prefill_activation_bits: int = ACTIVATION_BITS[0]
 
     def __post_init__(self) -> None:
@@ -163,6 +179,15 @@ class QuantConfig:
         for name, bits in everywhere.items():
             if bits not in BITS or not isinstance(bits, int):  # 2.0 is in BITS
                 raise FormatError(f"{name}: expected one of {list(BITS)}, found {bits!r}")
+        if not isinstance(self.kept_tokens, dict):
+            raise FormatError(f"kept_tokens: expected a table of names and numbers, found {self.kept_tokens!r}")
+        for name, count in self.kept_tokens.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise FormatError(f"kept_tokens.{name}: expected a positive integer, found {count!r}")
+            if name.rpartition(".")[2] not in (EMBEDDING, HEAD) or name not in self.module_bits:
+                raise FormatError(
+                    f"kept_tokens: {name} is no packed embedding or LM head; module_bits names those that are packed"
+                )
         if self.zero_point not in ZERO_POINTS:
             raise FormatError(f"zero_point: expected one of {list(ZERO_POINTS)}, found {self.zero_point!r}")
         bits = self.prefill_activation_bits
@@ -206,6 +231,7 @@ class QuantConfig:
             rotation=RotationConfig.from_dict(data["rotation"]),
             modules_to_not_convert=tuple(skip),
             module_bits=data.get("module_bits", {}),
+            kept_tokens=data.get("kept_tokens", {}),
             prefill_activation_bits=data.get("prefill_activation_bits", ACTIVATION_BITS[0]),
         )
 
@@ -222,6 +248,8 @@ class QuantConfig:
         }
         if self.module_bits:
             table["module_bits"] = dict(self.module_bits)
+        if self.kept_tokens:
+            table["kept_tokens"] = dict(self.kept_tokens)
         if self.prefill_activation_bits != ACTIVATION_BITS[0]:
             table["prefill_activation_bits"] = self.prefill_activation_bits
         return table
@@ -273,4 +301,8 @@ class QuantConfig:
             raise FormatError(f"{module}: rotation block size {block} does not divide its {in_features} input features")
         if self.rotation.kind == "butterfly":
             specs["angles"] = TensorSpec((in_features // block, num_angles(block)), torch.float16)
+        if kept := self.kept_tokens.get(module):
+            tokens, rows = KEPT
+            specs[tokens] = TensorSpec((kept,), torch.int32, rows=out_features)
+            specs[rows] = TensorSpec((kept, in_features), torch.float16)
         return specs

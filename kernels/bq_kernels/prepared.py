@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from . import ops, reference
 from .activations import from_int8, rotate_to_int8, rounds_activations
@@ -22,6 +23,8 @@ class PreparedWeights(NamedTuple):
         qweight: int32, tiles [⌈N/64⌉, ⌈K/128⌉, 256·bits] or the checkpoint's words [N, K·bits/32].
         scales, zeros: [K/group, 64·⌈N/64⌉] beside tiles, else [N, K/group]; `zeros` None: mid-rise levels.
         cos_sin, mix: tables of the rotation, from `reference.givens_tables`; None without a rotation.
+        kept_tokens, kept_rows: int64 [R] in ascending order, and [R, K] in any float dtype: rows of W′ Q that stand in
+            place of the packed ones; None without.
     """
 
     qweight: torch.Tensor
@@ -29,6 +32,8 @@ class PreparedWeights(NamedTuple):
     zeros: torch.Tensor | None
     cos_sin: torch.Tensor | None
     mix: torch.Tensor | None
+    kept_tokens: torch.Tensor | None = None
+    kept_rows: torch.Tensor | None = None
 
 
 def prepare_weights(
@@ -38,6 +43,8 @@ def prepare_weights(
     angles: torch.Tensor | None,
     block_size: int,
     in_features: int,
+    kept_tokens: torch.Tensor | None = None,
+    kept_rows: torch.Tensor | None = None,
     *,
     tiled: bool,
 ) -> PreparedWeights:
@@ -50,6 +57,8 @@ def prepare_weights(
         angles: [K/block_size, num_angles(block_size)], or None without a rotation.
         block_size: block size of the rotation.
         in_features: K.
+        kept_tokens: int [R], rows of an embedding or LM head that are kept in 16 bits; or None.
+        kept_rows: [R, K], those rows.
         tiled: repack for the operators of `ops`; otherwise keep the words as they are, for plain torch.
 
     Raises:
@@ -57,7 +66,7 @@ def prepare_weights(
     """
     packed = tile(qweight, scales, zeros, in_features) if tiled else (qweight, scales, zeros)
     tables = (None, None) if angles is None else reference.givens_tables(angles, block_size)
-    return PreparedWeights(*packed, *tables)
+    return PreparedWeights(*packed, *tables, None if kept_tokens is None else kept_tokens.long(), kept_rows)
 
 
 def prepared_linear(
@@ -79,7 +88,18 @@ def prepared_linear(
     Returns:
         [..., N] in the dtype of `x`.
     """
-    qweight, scales, zeros, cos_sin, mix = weights
+    y = _packed_linear(x, weights, bias, out_features, activation_bits)
+    if weights.kept_tokens is not None:
+        own_bias = None if bias is None else bias[weights.kept_tokens]
+        y.index_copy_(-1, weights.kept_tokens, F.linear(x, weights.kept_rows.to(x.dtype), own_bias))
+    return y
+
+
+def _packed_linear(
+    x: torch.Tensor, weights: PreparedWeights, bias: torch.Tensor | None, out_features: int, activation_bits: int
+) -> torch.Tensor:
+    """`prepared_linear` without the rows that are kept."""
+    qweight, scales, zeros, cos_sin, mix, *_ = weights
     if qweight.dim() == 3:
         return ops.packed_linear(x, qweight, scales, zeros, bias, out_features, cos_sin, mix, activation_bits)
     rows = x.reshape(-1, x.shape[-1])
@@ -106,7 +126,7 @@ def prepared_experts(
     Returns:
         [M, k, N] in the dtype of `x`, 0 where there is no expert.
     """
-    qweight, scales, zeros, cos_sin, mix = weights
+    qweight, scales, zeros, cos_sin, mix, *_ = weights
     if qweight.dim() == 4:
         return ops.grouped_linear(x, experts, qweight, scales, zeros, out_features, cos_sin, mix)
 
@@ -132,5 +152,10 @@ def prepared_embedding(
         [..., K] in `dtype`.
     """
     look_up = ops.packed_embedding if weights.qweight.dim() == 3 else reference.packed_embedding
-    qweight, scales, zeros, cos_sin, mix = weights
-    return look_up(ids, qweight, scales, zeros, in_features, dtype, cos_sin, mix)
+    qweight, scales, zeros, cos_sin, mix, kept_tokens, kept_rows = weights
+    rows = look_up(ids, qweight, scales, zeros, in_features, dtype, cos_sin, mix)
+    if kept_tokens is None or not len(kept_tokens):
+        return rows
+    ids = ids.to(kept_tokens.dtype)
+    place = torch.searchsorted(kept_tokens, ids).clamp_(max=len(kept_tokens) - 1)
+    return torch.where((kept_tokens[place] == ids).unsqueeze(-1), kept_rows[place].to(dtype), rows)

@@ -292,7 +292,13 @@ def dense_weight(
     angles: torch.Tensor | None,
     block_size: int,
     in_features: int,
+    kept_tokens: torch.Tensor | None = None,
+    kept_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W = W′ Q, the float32 [N, K] matrix that acts on unrotated input; `angles` None means no rotation."""
+    """W = W′ Q, the float32 [N, K] matrix that acts on unrotated input; `angles` None means no rotation.
+
+    Rows `kept_tokens` [R] of an embedding or LM head are `kept_rows` [R, K]; None where there are none.
+    """
     weight = dequantize(qweight, scales, zeros, in_features)
-    return weight if angles is None else unrotate(weight, angles, block_size)
+    weight = weight if angles is None else unrotate(weight, angles, block_size)
+    return weight if kept_tokens is None else weight.index_copy(0, kept_tokens.long(), kept_rows.to(weight.dtype))

@@ -88,9 +88,10 @@ def test_architectures(architecture, settings, tmp_path, text):
 def test_tied(tied):
     stored, config = load_file(tied / "model.safetensors"), json.loads((tied / "config.json").read_text())
     assert {name for name in stored if "embed" in name or "head" in name} == {
-        f"model.embed_tokens.{suffix}" for suffix in ("qweight", "scales", "angles")
+        f"model.embed_tokens.{suffix}" for suffix in ("qweight", "scales", "angles", "kept_tokens", "kept_rows")
     }
     assert config["quantization_config"]["module_bits"] == {"model.embed_tokens": 4}
+    assert config["quantization_config"]["kept_tokens"] == {"model.embed_tokens": 20}  # a sixteenth
     assert config["quantization_config"]["modules_to_not_convert"] == []
     assert_same_logits(tied)
     loaded = load(tied)
@@ -101,10 +102,34 @@ def test_tied(tied):
 
 def test_untied(untied):
     stored = load_file(untied / "model.safetensors")
-    suffixes = ("qweight", "scales")
+    suffixes = ("qweight", "scales", "kept_tokens", "kept_rows")
     expected = {f"{name}.{suffix}" for name in ("model.embed_tokens", "lm_head") for suffix in suffixes}
     assert {name for name in stored if "embed" in name or "head" in name} == expected
     assert_same_logits(untied)
+
+
+def test_rows_of_frequent_tokens_are_kept(untied, untied_model, text, tmp_path):
+    """Exactly, in all that reads them."""
+    tokens = calibration_tokens(AutoTokenizer.from_pretrained(untied_model), str(text), 4, 32, 0)
+    often = torch.bincount(tokens.flatten(), minlength=320)
+    stored, source = (load_file(folder / "model.safetensors") for folder in (untied, untied_model))
+    packed = load(untied)
+    dense = load(untied).dequantize()
+    for name in ("model.embed_tokens", "lm_head"):
+        kept = stored[f"{name}.kept_tokens"].long()
+        rest = torch.ones(320, dtype=torch.bool).index_fill_(0, kept, False)
+        assert len(kept) == 20 and often[kept].min() >= often[rest].max()
+        rows = source[f"{name}.weight"].half().float()
+        assert torch.equal(stored[f"{name}.kept_rows"].float(), rows[kept])
+        assert torch.equal(dense.get_submodule(name).weight[kept], rows[kept])
+        assert not torch.equal(dense.get_submodule(name).weight[rest], rows[rest])
+    table = source["model.embed_tokens.weight"].half().float()
+    assert torch.equal(packed.model.embed_tokens(kept), table[kept])
+    settings = dict(embedding_bits=3, head_bits=4, rotation="hadamard", rounding="rtn")
+    none = run(untied_model, tmp_path / "none", text, kept_tokens=0, **settings)
+    assert not any("kept" in name for name in load_file(none / "model.safetensors"))
+    assert "kept_tokens" not in json.loads((none / "config.json").read_text())["quantization_config"]
+    assert_same_logits(none)
 
 
 @pytest.mark.parametrize("checkpoint", ["tied", "untied"])
@@ -196,8 +221,8 @@ BITS = dict(bits=4, samples=8, train_samples=8, held_out=2, tokens_per_step=128)
 FORMATS = {
     "tied": ("llama", TIED),
     "tied, factor, zeros": ("gemma3_text", dict(embedding_bits=3, head_bits=3, zero_point="float")),
-    "untied": ("qwen2", dict(embedding_bits=3, head_bits=4, rotation="hadamard")),
-    "embedding": ("qwen2", dict(embedding_bits=4, rotation="none")),
+    "untied": ("qwen2", dict(embedding_bits=3, head_bits=4, rotation="hadamard", kept_tokens=4)),
+    "embedding": ("qwen2", dict(embedding_bits=4, rotation="none", kept_tokens=4)),
     "head": ("mistral", dict(head_bits=4, rotation_block=None)),
 }
 
@@ -309,12 +334,12 @@ def test_training_plan_counts_them(untied_model):
 
 
 def test_card(tied, untied):
-    assert "Embedding and LM head (one weight): 4 bits. As in the original: norms." in " ".join(
-        (tied / "README.md").read_text().split()
-    )
-    assert "Embedding: 3 bits. LM head: 4 bits. As in the original: norms." in " ".join(
-        (untied / "README.md").read_text().split()
-    )
+    kept = ", the rows of the 20 most frequent tokens in 16."
+    for folder, sentences in (
+        (tied, f"Embedding and LM head (one weight): 4 bits{kept} As in the original: norms."),
+        (untied, f"Embedding: 3 bits{kept} LM head: 4 bits{kept} As in the original: norms."),
+    ):
+        assert sentences in " ".join((folder / "README.md").read_text().split())
 
 
 # ---- what is refused
@@ -388,9 +413,12 @@ def test_wrong_tensors(checkpoint, name, change, message, request, tmp_path):
         ("tied", {"module_bits": {EMBED: 4, "lm_head": 4}}, "module_bits: the model has no packed layer lm_head"),
         ("tied", {"module_bits": {EMBED: 2}}, r"embed_tokens\.qweight: expected torch\.int32 \[320, 6\], found"),
         ("tied", {"modules_to_not_convert": ["lm_head"]}, "lm_head is tied to model.embed_tokens, which is packed"),
-        ("tied", {"module_bits": {}}, r"tensor model\.embed_tokens\.weight is missing"),
+        ("tied", {"module_bits": {}, "kept_tokens": {}}, r"tensor model\.embed_tokens\.weight is missing"),
+        ("tied", {"module_bits": {}}, "kept_tokens: model.embed_tokens is no packed embedding or LM head"),
+        ("tied", {"kept_tokens": {}}, r"tensor model\.embed_tokens\.kept_rows does not belong to this model"),
+        ("tied", {"kept_tokens": {EMBED: 19}}, r"embed_tokens\.kept_rows: expected torch\.float16 \[19, 96\], found"),
         ("untied", {"modules_to_not_convert": ["lm_head"]}, "module_bits: the model has no packed layer lm_head"),
-        ("untied", {"module_bits": {EMBED: 3}}, r"tensor lm_head\.weight is missing"),
+        ("untied", {"module_bits": {EMBED: 3}, "kept_tokens": {EMBED: 20}}, r"tensor lm_head\.weight is missing"),
     ],
 )
 def test_wrong_settings(checkpoint, settings, message, request, tmp_path):

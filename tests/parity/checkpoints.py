@@ -29,7 +29,7 @@ ROTATIONS = {
 # codes need not be good ones: what is compared is how they are read
 QUICK = dict(rounding="rtn", refine=0, steps=0, compare=False, samples=2, seqlen=16)
 EMBEDDING = "embed_tokens.weight"
-PACKED = (".qweight", ".scales", ".zeros", ".angles")
+PACKED = (".qweight", ".scales", ".zeros", ".angles", ".kept_tokens", ".kept_rows")
 
 
 def architecture_of(case: Case) -> str:

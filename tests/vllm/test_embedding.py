@@ -16,11 +16,14 @@ FORMATS = {
     "3 bits, zeros": {"bits": 3, "zero_point": "float", "group_size": 64},
     "2 bits, hadamard, full width": {"kind": "hadamard", "block_size": {"default": 128, "down_proj": 192}},
     "no rotation, one scale per row": {"kind": "none", "group_size": -1},
+    "4 bits, kept rows": {"bits": 4, "kept": 30},
+    "2 bits, hadamard, kept rows": {"kind": "hadamard", "kept": 499},
 }
 
 
-def packed_config(*names, bits=4, skip=(), **options):
-    return tiny.quant_config(skip=skip, module_bits=dict.fromkeys(names, bits), **options)
+def packed_config(*names, bits=4, skip=(), kept=0, **options):
+    tokens = dict.fromkeys(names, kept) if kept else {}
+    return tiny.quant_config(skip=skip, module_bits=dict.fromkeys(names, bits), kept_tokens=tokens, **options)
 
 
 def build(quant, name, dtype=torch.float32, prefix=None):
@@ -83,9 +86,10 @@ def test_rows_and_logits(dense, options):
 
 @pytest.mark.parametrize("cpu", ["dense", "reference"], indirect=True)
 @pytest.mark.parametrize("prefix", ["", EMBED])
-def test_tied(dense, prefix):
+@pytest.mark.parametrize("kept", [0, 40])
+def test_tied(dense, prefix, kept):
     """One copy; vLLM's LLaMA gives its embedding no name."""
-    quant = packed_config(EMBED, zero_point="float")
+    quant = packed_config(EMBED, zero_point="float", kept=kept)
     embedding, head = build(quant, EMBED, torch.bfloat16, prefix), build(quant, HEAD, torch.bfloat16)
     assert not list(head.parameters())
     head = head.tie_weights(embedding)
@@ -104,9 +108,10 @@ def test_tied(dense, prefix):
 
 @pytest.mark.parametrize("cpu", ["dense", "reference"], indirect=True)
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks(dense, ranks, size):
-    """Rows are cut over the ranks; the last holds the padding, and ids of others give 0."""
-    quant = packed_config(EMBED, HEAD)
+@pytest.mark.parametrize("kept", [0, 3, 100])
+def test_ranks(dense, ranks, size, kept):
+    """Rows are cut over the ranks; the last holds the padding, and ids of others give 0. A rank may keep no row."""
+    quant = packed_config(EMBED, HEAD, kept=kept)
     tensors, x = tiny.random_tensors(quant), torch.randn(3, tiny.HIDDEN)
     rows, logits = 0, []
     for rank in range(size):
@@ -135,10 +140,12 @@ def test_what_stays_unquantized():
         assert type(build(quant, HEAD).quant_method) is head
 
 
-def test_dummy_weights():
+@pytest.mark.parametrize("cpu", ["dense", "reference"], indirect=True)
+@pytest.mark.parametrize("kept", [0, 3])
+def test_dummy_weights(kept):
     from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 
-    layer = build(packed_config(EMBED), EMBED)
+    layer = build(packed_config(EMBED, kept=kept), EMBED)
     for param in layer.parameters():
         initialize_single_dummy_weight(param)
     layer.quant_method.process_weights_after_loading(layer)
@@ -167,12 +174,19 @@ SCALES = torch.ones(tiny.VOCABULARY, tiny.HIDDEN // 32).half()
         ({"scales": -SCALES}, r"lm_head\.scales: holds zero or a negative number"),
         ({"scales": SCALES[:-1]}, r"lm_head\.scales: expected .*\[500, 4\], found .*\[499, 4\]"),
         ({"zeros": SCALES}, r"lm_head: surplus tensor torch\.float16 \[500, 4\]"),
+        ({"kept_rows": None}, r"lm_head\.kept_rows: missing from the checkpoint; expected torch\.float16 \[3, 128\]"),
+        (
+            {"kept_tokens": torch.tensor([1, 3, 3]).int()},
+            r"lm_head\.kept_tokens: expected ascending numbers of 500 rows",
+        ),
+        ({"kept_tokens": torch.tensor([1, 3, 500]).int()}, r"lm_head\.kept_tokens: expected ascending numbers of 500"),
+        ({"kept_tokens": torch.tensor([1, 3]).int()}, r"lm_head\.kept_tokens: expected .*\[3\], found .*\[2\]"),
         ({"weight": torch.ones(500, 128)}, r"lm_head: surplus tensor torch\.float32 \[500, 128\]"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_tensors_are_refused(edits, message):
-    quant = packed_config(HEAD)
+    quant = packed_config(HEAD, kept=3)
     tensors = tiny.random_tensors(quant) | {f"{HEAD}.{suffix}": value for suffix, value in edits.items()}
     with pytest.raises(FormatError, match=message):
         load(build(quant, HEAD), HEAD, {key: value for key, value in tensors.items() if value is not None})

@@ -49,7 +49,7 @@ VARIANTS = {
         "zero_point": "float",
         "module_bits": {"model.embed_tokens": 4, "lm_head": 3},
     },
-    "tied, packed": {"skip": (), "module_bits": {"model.embed_tokens": 4}},
+    "tied, packed": {"skip": (), "module_bits": {"model.embed_tokens": 4}, "kept_tokens": {"model.embed_tokens": 100}},
 }
 
 

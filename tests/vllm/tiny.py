@@ -57,6 +57,7 @@ def quant_config(
     block_size=None,
     skip=("lm_head",),
     module_bits=None,
+    kept_tokens=None,
 ):
     """By default what two tensor-parallel ranks can share, with 96 = 2⁵·3 as a composite block."""
     return QuantConfig(
@@ -66,6 +67,7 @@ def quant_config(
         RotationConfig(kind, block_size or {"default": 64, "down_proj": 96}),
         skip,
         module_bits or {},
+        kept_tokens or {},
     )
 
 
@@ -82,6 +84,10 @@ def _packed(
             value = (0.5 + torch.rand(spec.shape, generator=g)) * size / spread
         elif suffix == "zeros":
             value = (2**bits - 1) / 2 + 0.5 * torch.randn(spec.shape, generator=g)
+        elif suffix == "kept_tokens":
+            value = torch.randperm(rows, generator=g)[: spec.shape[0]].sort().values
+        elif suffix == "kept_rows":
+            value = size * torch.randn(spec.shape, generator=g)
         else:
             value = math.pi * (2 * torch.rand(spec.shape, generator=g) - 1)
         tensors[f"{module}.{suffix}"] = value.to(spec.dtype)
@@ -283,7 +289,7 @@ def decode(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     tensors = {name: value for file in files for name, value in load_file(path / file).items()}
     tensors = {name: value for name, value in tensors.items() if name.startswith(prefix)}
-    packed = (".qweight", ".scales", ".zeros", ".angles")
+    packed = (".qweight", ".scales", ".zeros", ".angles", ".kept_tokens", ".kept_rows")
     state = {name: value for name, value in tensors.items() if not name.endswith(packed)}
     for name in tensors:
         if not name.endswith(".qweight"):
@@ -311,5 +317,10 @@ def decode(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
                 layers, across = run.bit_length() - 1, block // run * (block // run - 1) // 2
                 angles = [[math.pi / 4] * (layers * block // 2) + [0.0] * across] * (columns // block)
             weight = weight @ torch.block_diag(*(butterfly_matrix(row, block) for row in angles))
+        if module in table.get("kept_tokens", {}):
+            for token, row in zip(
+                tensors[f"{module}.kept_tokens"].tolist(), tensors[f"{module}.kept_rows"], strict=True
+            ):
+                weight[token] = row.double()
         state[f"{module}.weight"] = weight.float()
     return state
