@@ -82,6 +82,7 @@ ARMS: dict[str, dict[str, Arm]] = {
         "2.3 bits": Arm({"target_bpw": 2.3}),
     },
     "behind trained blocks": {
+        "1024 tokens per step": Arm(BLOCKS | FROZEN),
         "512 tokens per step, wsd": Arm(TOGETHER),
         "512 tokens per step": Arm(TOGETHER | {"schedule": "cosine"}),
         "512 tokens per step, wsd, scales 0.01": Arm(TOGETHER, rates={"scales": 1e-2}),

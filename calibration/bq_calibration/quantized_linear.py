@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from bq_kernels.format import LARGEST_SCALE, SMALLEST_SCALE, largest_code
 from bq_kernels.packing import pack, unpack
-from bq_kernels.reference import levels, zero_point
+from bq_kernels.reference import levels, with_kept_rows, zero_point
 from torch import nn
 
 from . import parallel
@@ -218,11 +218,8 @@ class QuantizedLinear(nn.Module):
         rows = weight_of(self.codes[numbers], scales, zeros, self.bits)
         if self.rotation.angles is not None:
             rows = self.rotation.current().inverse(rows.flatten(0, -2)).view_as(rows)
-        if self.kept_tokens is None:
-            return rows
-        place = torch.searchsorted(self.kept_tokens, numbers).clamp_(max=len(self.kept_tokens) - 1)
-        kept = (self.kept_tokens[place] == numbers).unsqueeze(-1)
-        return torch.where(kept, self.kept_rows[place].float(), rows)
+        kept = self.kept_tokens, self.kept_rows
+        return rows if self.kept_tokens is None else with_kept_rows(rows, numbers, *kept)
 
     @torch.no_grad()
     def weight(self, dtype: torch.dtype) -> torch.Tensor:

@@ -154,8 +154,4 @@ def prepared_embedding(
     look_up = ops.packed_embedding if weights.qweight.dim() == 3 else reference.packed_embedding
     qweight, scales, zeros, cos_sin, mix, kept_tokens, kept_rows = weights
     rows = look_up(ids, qweight, scales, zeros, in_features, dtype, cos_sin, mix)
-    if kept_tokens is None or not len(kept_tokens):
-        return rows
-    ids = ids.to(kept_tokens.dtype)
-    place = torch.searchsorted(kept_tokens, ids).clamp_(max=len(kept_tokens) - 1)
-    return torch.where((kept_tokens[place] == ids).unsqueeze(-1), kept_rows[place].to(dtype), rows)
+    return rows if kept_tokens is None else reference.with_kept_rows(rows, ids, kept_tokens, kept_rows)

@@ -285,6 +285,27 @@ def packed_embedding(
     return (weight if cos_sin is None else undo_rotation(weight, cos_sin, mix)).to(dtype)
 
 
+def with_kept_rows(
+    rows: torch.Tensor, ids: torch.Tensor, kept_tokens: torch.Tensor, kept_rows: torch.Tensor
+) -> torch.Tensor:
+    """Looked-up rows, those that an embedding keeps in 16 bits in place of the packed ones.
+
+    Args:
+        rows: [..., K], those of the tokens `ids`.
+        ids: integers [...].
+        kept_tokens: int64 [R], ascending.
+        kept_rows: [R, K], any float dtype.
+
+    Returns:
+        [..., K] in the dtype of `rows`; differentiable by the packed rows.
+    """
+    if not len(kept_tokens):
+        return rows
+    ids = ids.to(kept_tokens.dtype).contiguous()
+    place = torch.searchsorted(kept_tokens, ids).clamp_(max=len(kept_tokens) - 1)
+    return torch.where((kept_tokens[place] == ids).unsqueeze(-1), kept_rows[place].to(rows.dtype), rows)
+
+
 def dense_weight(
     qweight: torch.Tensor,
     scales: torch.Tensor,
