@@ -139,7 +139,8 @@ def check_help(words: list[str], program: tuple[str, ...]) -> None:
 
 def check_recipe_values(words: list[str]) -> None:
     """Values of bq-calibrate's flags are ones that it takes."""
-    from bq_calibration.recipes import RECIPES, Recipe, make_recipe, parse_tokens
+    from bq_calibration.recipes import RECIPES, Recipe, make_recipe
+    from bq_calibration.schedule import parse_tokens
 
     given = dict(itertools.pairwise(words))
     fields = {"--" + field.name.replace("_", "-"): field for field in dataclasses.fields(Recipe)}

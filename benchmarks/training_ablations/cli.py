@@ -23,7 +23,8 @@ from bq_calibration.end_to_end import TrainingText, held_out, train_model
 from bq_calibration.model import SourceModel
 from bq_calibration.pipeline import Calibration
 from bq_calibration.quantize_blocks import BLOCKS, quantize_blocks
-from bq_calibration.recipes import Recipe, make_recipe, parse_tokens
+from bq_calibration.recipes import Recipe, make_recipe
+from bq_calibration.schedule import parse_tokens
 from bq_calibration.sensitivity import mixed_bits
 from bq_calibration.store import TensorStore
 from bq_calibration.teacher import StoredTeacher, teacher_states

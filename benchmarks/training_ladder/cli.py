@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from bq_calibration import calibrate, evaluate
 from bq_calibration.data import dataset_name
-from bq_calibration.recipes import parse_tokens
+from bq_calibration.schedule import parse_tokens
 from rich.console import Console
 
 from benchmarks.harness.provenance import claim_folder, command, versions

@@ -18,7 +18,8 @@ from . import __version__, calibrate, convert, evaluate, inspect
 from .console import is_first, stderr, stdout
 from .errors import UserError, check_writable
 from .logs import log_to, quieten_libraries
-from .recipes import RECIPES, Recipe, make_recipe, parse_tokens
+from .recipes import RECIPES, Recipe, make_recipe
+from .schedule import parse_tokens
 
 
 def _print_version(wanted: bool) -> None:

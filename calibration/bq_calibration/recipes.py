@@ -6,7 +6,6 @@ Nothing here imports torch: the flags of the command are generated from `Recipe`
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,18 +248,6 @@ RECIPES: dict[str, Recipe] = {
         uniformity=0.1,
     ),
 }
-
-
-def parse_tokens(text: str | int) -> int:
-    """A number of tokens: 4096, 300k, 30M, 1.5B.
-
-    Raises:
-        UserError: for anything else.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", str(text).strip())
-    if not found:
-        raise UserError(f"{text}: expected a number of tokens such as 4096, 300k, 30M or 1.5B")
-    return round(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[found[2]])
 
 
 def flag(field: str) -> str:

@@ -1,12 +1,27 @@
-"""Learning rates over the steps of a training."""
+"""The length of a training in tokens, and learning rates over its steps."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+
+from .errors import UserError
 
 SCHEDULES = ("cosine", "wsd")
 WARM_UP, DECAY = 0.1, 0.2  # shares of the steps
+
+
+def parse_tokens(text: str | int) -> int:
+    """A number of tokens: 4096, 300k, 30M, 1.5B.
+
+    Raises:
+        UserError: for anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", str(text).strip())
+    if not found:
+        raise UserError(f"{text}: expected a number of tokens such as 4096, 300k, 30M or 1.5B")
+    return round(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[found[2]])
 
 
 @dataclass(frozen=True)
