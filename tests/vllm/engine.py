@@ -35,7 +35,7 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
     return inherited | ours | variables
 
 
-def run_engines(folder: Path, jobs: list[dict], timeout: int = 400, **variables: str) -> tuple[list[dict], str]:
+def run_engines(folder: Path, jobs: list[dict], timeout: int = 800, **variables: str) -> tuple[list[dict], str]:
     """Run jobs in a process of their own; returns the answers and everything that it printed.
 
     Args:
