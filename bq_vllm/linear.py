@@ -170,7 +170,7 @@ class ButterflyLinearMethod(LinearMethodBase):
             if suffix == "qweight":
                 packing = {"packed_dim": 1, "packed_factor": Fraction(32, self.bits)}
                 param = PackedvLLMParameter(input_dim=1, output_dim=0, **packing, **common)
-            elif suffix == "angles" or suffix in KEPT:
+            elif suffix in ("angles", *KEPT):
                 param = BasevLLMParameter(**common)
             elif self.config.group_size == PER_CHANNEL:
                 param = ChannelQuantScaleParameter(output_dim=0, **common)

@@ -81,8 +81,7 @@ ARMS: dict[str, dict[str, Arm]] = {
         "float zero": Arm({"zero_point": "float"}),
         "2.3 bits": Arm({"target_bpw": 2.3}),
     },
-    "behind trained blocks": {
-        "1024 tokens per step": Arm(BLOCKS | FROZEN),
+    "behind trained blocks": {  # "start, blocks trained, codes frozen" with this changed
         "512 tokens per step, wsd": Arm(TOGETHER),
         "512 tokens per step": Arm(TOGETHER | {"schedule": "cosine"}),
         "512 tokens per step, wsd, scales 0.01": Arm(TOGETHER, rates={"scales": 1e-2}),

@@ -218,8 +218,7 @@ class QuantizedLinear(nn.Module):
         rows = weight_of(self.codes[numbers], scales, zeros, self.bits)
         if self.rotation.angles is not None:
             rows = self.rotation.current().inverse(rows.flatten(0, -2)).view_as(rows)
-        kept = self.kept_tokens, self.kept_rows
-        return rows if self.kept_tokens is None else with_kept_rows(rows, numbers, *kept)
+        return with_kept_rows(rows, numbers, self.kept_tokens, self.kept_rows)
 
     @torch.no_grad()
     def weight(self, dtype: torch.dtype) -> torch.Tensor:

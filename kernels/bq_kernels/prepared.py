@@ -154,4 +154,4 @@ def prepared_embedding(
     look_up = ops.packed_embedding if weights.qweight.dim() == 3 else reference.packed_embedding
     qweight, scales, zeros, cos_sin, mix, kept_tokens, kept_rows = weights
     rows = look_up(ids, qweight, scales, zeros, in_features, dtype, cos_sin, mix)
-    return rows if kept_tokens is None else reference.with_kept_rows(rows, ids, kept_tokens, kept_rows)
+    return reference.with_kept_rows(rows, ids, kept_tokens, kept_rows)

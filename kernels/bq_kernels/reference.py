@@ -286,20 +286,20 @@ def packed_embedding(
 
 
 def with_kept_rows(
-    rows: torch.Tensor, ids: torch.Tensor, kept_tokens: torch.Tensor, kept_rows: torch.Tensor
+    rows: torch.Tensor, ids: torch.Tensor, kept_tokens: torch.Tensor | None, kept_rows: torch.Tensor | None
 ) -> torch.Tensor:
     """Looked-up rows, those that an embedding keeps in 16 bits in place of the packed ones.
 
     Args:
         rows: [..., K], those of the tokens `ids`.
         ids: integers [...].
-        kept_tokens: int64 [R], ascending.
-        kept_rows: [R, K], any float dtype.
+        kept_tokens: int64 [R], ascending; None where no rows are kept.
+        kept_rows: [R, K], any float dtype; or None.
 
     Returns:
         [..., K] in the dtype of `rows`; differentiable by the packed rows.
     """
-    if not len(kept_tokens):
+    if kept_tokens is None or not len(kept_tokens):
         return rows
     ids = ids.to(kept_tokens.dtype).contiguous()
     place = torch.searchsorted(kept_tokens, ids).clamp_(max=len(kept_tokens) - 1)
