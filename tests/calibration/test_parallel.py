@@ -18,13 +18,15 @@ from safetensors.torch import load_file
 from .conftest import make_model
 
 ROUNDING = 1e-5  # of sums in float32, in another order
+GRADIENTS = 1e-4  # the same of gradients, by their norm
+DRIFT = 1e-2  # of losses some steps later: Adam divides a gradient near zero by its own size, and a code may turn
 RUN = ("recipe", "compute_dtype")  # not settings of a recipe
 SMALL = dict(
     recipe="fast",
     **dict(group_size=32, rotation_block=32, samples=8, train_samples=8, held_out=3, seqlen=32, steps=3),
     **dict(train_tokens=6 * 128, tokens_per_step=128, compute_dtype="float32"),
 )
-CODES = dict(train_codes=True, code_lr=0.015)  # codes begin to move in the last step; the way there is smooth
+CODES = dict(train_codes=True, code_lr=0.015)  # codes begin to move in the last steps
 EIGHT_BITS = CODES | dict(optimizer_bits=8, schedule="wsd")
 
 
@@ -42,8 +44,10 @@ class Runs:
 
     def add(self, name: str, processes: int, begun: str | None = None, interrupted: int | None = None, **settings):
         """Note a run: it may go on from the unfinished work of another, and stop at a step of its training."""
-        resume = begun is not None or any(job["arguments"]["out"] == str(self.folder / name) for job in self.jobs)
-        arguments = self.base | dict(out=str(self.folder / name), resume=resume) | settings
+        out = str(self.folder / name)
+        resume = begun is not None or Path(f"{out}.partial").exists()
+        resume |= any(job["arguments"]["out"] == out for job in self.jobs)
+        arguments = self.base | dict(out=out, resume=resume) | settings
         job = {"processes": processes, "arguments": arguments}
         job |= {} if begun is None else {"begun": str(self.folder / f"{begun}.partial")}
         self.jobs.append(job | ({} if interrupted is None else {"interrupted": interrupted}))
@@ -66,6 +70,12 @@ class Runs:
         measured = [divergence for _, divergence in trained["held_out_curve"]]
         return [rounded["held_out_divergence"], *trained["losses"], *measured]
 
+    def assert_same_course(self, name: str, other: str, exact: int = 3) -> None:
+        """Two courses agree: the first `exact` figures within rounding, those behind them within what it grows to."""
+        found, wanted = self.course(name), self.course(other)
+        assert found[:exact] == pytest.approx(wanted[:exact], rel=ROUNDING)
+        assert found == pytest.approx(wanted, rel=DRIFT)
+
     def bytes(self, name: str) -> bytes:
         return (self.folder / name / "model.safetensors").read_bytes()
 
@@ -81,6 +91,15 @@ class Runs:
         tensors = empty_tensors(state, [name for name in names + quantized if name in known])
         load_state(state, tensors)
         return tensors
+
+
+def assert_same_moments(state: dict, wanted: dict, of_codes: float = GRADIENTS) -> None:
+    """First moments after one step, which are gradients, agree; those of codes, which come first, within a bound."""
+    assert state.keys() == wanted.keys()
+    for name, moment in wanted.items():
+        assert moment.norm() > 0
+        error = (state[name] - moment).norm() / moment.norm()
+        assert error < (of_codes if moment.dim() == 2 and int(name.split(".")[0]) < 14 else GRADIENTS), name
 
 
 def header(file: Path) -> dict:
@@ -101,7 +120,7 @@ def test_two_processes_train_as_one(runs):
     for processes in (1, 2):
         runs.add(f"{processes}", processes, "begun", **settings)
     runs.make()
-    assert runs.course("2") == pytest.approx(runs.course("1"), rel=ROUNDING)
+    runs.assert_same_course("2", "1")
     rounded, trained = load_file(runs.folder / "begun.partial" / "blocks" / "00000.safetensors"), runs.tensors("2")
     assert any(not torch.equal(trained[name], tensor) for name, tensor in rounded.items() if name.endswith("qweight"))
     assert runs.report("2")["run"]["processes"] == 2
@@ -172,11 +191,8 @@ def test_gradients_of_the_first_step(bits, runs):
             values = torch.tensor(get_qmap_signed())[state.pop(f"{name}.codes").int()]
             scale = state.pop(f"{name}.scale").flatten()
             state[name] = values.view(len(scale), -1) * scale[:, None]
-    for name, wanted in states[0].items():
-        for state in states[1:]:
-            assert wanted.norm() > 0
-            error = (state[name] - wanted).norm() / wanted.norm()
-            assert error < (0.02 if bits == 8 and wanted.dim() == 2 and int(name.split(".")[0]) < 14 else 1e-4), name
+    for state in states[1:]:
+        assert_same_moments(state, states[0], of_codes=0.02 if bits == 8 else GRADIENTS)
 
 
 @pytest.mark.slow
@@ -198,7 +214,7 @@ def test_a_training_goes_on_with_other_processes(settings, runs):
         if before == after:
             assert runs.bytes(name) == runs.bytes(whole) and runs.course(name) == runs.course(whole)
         elif settings is CODES:
-            assert runs.course(name) == pytest.approx(runs.course(whole), rel=ROUNDING)
+            runs.assert_same_course(name, whole)
         else:  # up to the step at which it went on, and the loss there
             assert runs.course(name)[:5] == pytest.approx(runs.course(whole)[:5], rel=ROUNDING)
 
@@ -246,7 +262,8 @@ def test_text_of_two_processes(runs):
         runs.add(f"{processes}", processes, keep_work=True, **settings)
     runs.make()
     rows = [(runs.folder / f"{processes}.work" / "text" / "rows.int32").read_bytes() for processes in (1, 2)]
-    assert rows[0] == rows[1] and runs.course("2") == pytest.approx(runs.course("1"), rel=1e-4)
+    assert rows[0] == rows[1]
+    runs.assert_same_course("2", "1")
 
 
 @pytest.mark.slow
@@ -254,7 +271,6 @@ def test_passes_and_recomputation_of_two_processes(runs, model, monkeypatch):
     """Gradients of several passes are added up in their shards; recomputed layers gather their codes again."""
     settings = CODES | dict(tokens_per_step=256, train_tokens=6 * 256)
     runs.add("begun", 1, interrupted=0, **settings)
-    runs.add("one", 1, "begun", **settings)
     recipe = make_recipe("fast", {key: value for key, value in (SMALL | settings).items() if key not in RUN})
     source, budget, plans = SourceModel(str(model), torch.device("cpu"), "float32"), 10**10, []
     with monkeypatch.context() as patch, pytest.raises(UserError):
@@ -264,14 +280,20 @@ def test_passes_and_recomputation_of_two_processes(runs, model, monkeypatch):
             budget = plans[-1].memory_bytes - 1
     assert plans[-1].recompute and plans[-1].micro_batch == 1
     chosen = {(plan.recompute, plan.micro_batch): plan for plan in plans}
-    chosen = {choice: chosen[choice] for choice in ((False, 2), (True, 1))}
-    for (recompute, micro_batch), plan in chosen.items():
-        runs.add(f"{recompute}-{micro_batch}", 2, "begun", memory_budget=(plan.memory_bytes + 1) / 1e9, **settings)
+    chosen = {f"{recompute}-{batch}": chosen[recompute, batch] for recompute, batch in ((False, 2), (True, 1))}
+    runs.add("one", 1, "begun", interrupted=1, **settings)
+    budgets = {name: dict(memory_budget=(plan.memory_bytes + 1) / 1e9) for name, plan in chosen.items()}
+    for name, budget in budgets.items():
+        runs.add(name, 2, "begun", interrupted=1, **budget, **settings)
     runs.make()
-    for (recompute, micro_batch), plan in chosen.items():
-        name = f"{recompute}-{micro_batch}"
+    for name in chosen:
+        assert_same_moments(runs.state(name), runs.state("one"))
+    for name, budget in {"one": {}, **budgets}.items():
+        runs.add(name, 1 if name == "one" else 2, **budget, **settings)
+    runs.make()
+    for name, plan in chosen.items():
         assert runs.report(name)["stages"][1]["plan"] == plan.to_dict()
-        assert runs.course(name) == pytest.approx(runs.course("one"), rel=ROUNDING)
+        runs.assert_same_course(name, "one")
 
 
 @pytest.mark.slow
@@ -286,7 +308,7 @@ def test_frozen_codes_and_layers_that_do_not_compile(runs):
     runs.make()
     assert "decoder layers are not compiled: no compiler here" in (runs.folder / "2.log").read_text()
     for name in ("", "frozen-"):
-        assert runs.course(f"{name}2") == pytest.approx(runs.course(f"{name}1"), rel=ROUNDING)
+        runs.assert_same_course(f"{name}2", f"{name}1")
 
 
 @pytest.mark.slow
