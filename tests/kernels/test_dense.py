@@ -11,7 +11,7 @@ from bq_kernels import reference, tiles, triton_dequantize, triton_linear
 from bq_kernels.packing import pack
 from bq_kernels.triton_linear import Launch, folds_rotation
 
-from .test_triton import BRAIN, FLOAT, HALF, assert_within, call, linear, random_tables  # noqa: F401  call: a fixture
+from .layers import BRAIN, FLOAT, HALF, assert_within, linear, random_tables
 
 FOLDED = Launch(None, "dense", fuse=True)
 
@@ -38,7 +38,7 @@ def random_case(out_features, in_features, bits, group, float_zero, block):
     return tiles.tile(qweight, scales, zeros, in_features), tables, want.double(), bound
 
 
-def check_dequantize(call, out_features, in_features, bits, group, float_zero, block, dtypes=(HALF,)):  # noqa: F811
+def check_dequantize(call, out_features, in_features, bits, group, float_zero, block, dtypes=(HALF,)):
     packed, tables, want, bound = random_case(out_features, in_features, bits, group, float_zero, block)
     for dtype in dtypes:
         arguments = *packed, in_features, out_features, dtype, *tables
@@ -50,7 +50,7 @@ def check_dequantize(call, out_features, in_features, bits, group, float_zero, b
 @pytest.mark.parametrize("float_zero", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("block", [None, 64, 96])
-def test_dtypes(call, bits, float_zero, block):  # noqa: F811
+def test_dtypes(call, bits, float_zero, block):
     """W′, W′ Q in tiles and W′ Q by rows, with a last tile that is not full."""
     check_dequantize(call, 70, 192, bits, 64, float_zero, block, (HALF, BRAIN, FLOAT))
 
@@ -70,18 +70,18 @@ def test_dtypes(call, bits, float_zero, block):  # noqa: F811
         (1024, 1024, 1024),
     ],
 )
-def test_groups_and_blocks(call, in_features, group, block):  # noqa: F811
+def test_groups_and_blocks(call, in_features, group, block):
     check_dequantize(call, 33, in_features, 3, group, True, block)
 
 
 @pytest.mark.parametrize("block", [1536, 8192, 11008, pytest.param(13824, marks=pytest.mark.slow)])
-def test_full_width(call, block):  # noqa: F811
+def test_full_width(call, block):
     check_dequantize(call, 3, block, 2, 128, False, block)
 
 
 @pytest.mark.parametrize("dtype", [HALF, FLOAT])
 @pytest.mark.parametrize("block", [64, 96, 192])
-def test_linear(call, block, dtype):  # noqa: F811
+def test_linear(call, block, dtype):
     """x [M, K] as it is, times W′ Q: as the backend `dense` on a CPU computes."""
     rows, out_features, in_features = 70, 33, 192
     packed, tables, weight, bound = random_case(out_features, in_features, 2, 64, True, block)

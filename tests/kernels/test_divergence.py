@@ -5,8 +5,6 @@ import torch
 import torch.nn.functional as F
 from bq_kernels.divergence import reference_divergence_
 
-from .test_triton import call  # noqa: F401  a fixture
-
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 SHAPES = [(1, 1), (3, 50), (2, 4096), (5, 4097), (1, 12345)]
 
@@ -61,7 +59,7 @@ def by_kernel(found, wanted):
 
 @pytest.mark.parametrize("dtype", [HALF, FLOAT])  # Triton's interpreter cannot multiply bfloat16
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernel(call, shape, dtype):  # noqa: F811
+def test_kernel(call, shape, dtype):
     found, wanted = random_logits(shape, dtype)
     got = call(by_kernel, found.clone(), wanted)  # processes share the memory of tensors
     check(got[:, 0].float(), got[:, 1:].to(dtype), found, wanted)

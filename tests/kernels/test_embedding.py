@@ -22,9 +22,9 @@ from bq_kernels.triton_linear import Launch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .aot import TARGETS, inspect, record, record_launches
+from .layers import BRAIN, FLOAT, HALF, assert_within, linear
 from .test_compile import meta, on_targets
 from .test_dense import random_case
-from .test_triton import BRAIN, FLOAT, HALF, assert_within, call, linear, random_tables  # noqa: F401  call: a fixture
 
 
 def kernel(ids, *arguments):
@@ -34,7 +34,7 @@ def kernel(ids, *arguments):
     return triton_embedding.packed_embedding(ids, *packed, FLOAT if interpreted else dtype, cos_sin, mix).to(dtype)
 
 
-def check_embedding(call, ids, tokens, features, bits, group, float_zero, block, dtypes=(HALF,)):  # noqa: F811
+def check_embedding(call, ids, tokens, features, bits, group, float_zero, block, dtypes=(HALF,)):
     packed, tables, want, bound = random_case(tokens, features, bits, group, float_zero, block)
     for dtype in dtypes:
         arguments = ids, *packed, features, dtype, *tables
@@ -46,7 +46,7 @@ def check_embedding(call, ids, tokens, features, bits, group, float_zero, block,
 @pytest.mark.parametrize("float_zero", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("block", [None, 64, 96])
-def test_rows(call, bits, float_zero, block):  # noqa: F811
+def test_rows(call, bits, float_zero, block):
     """Without a rotation, with several blocks in a program, and with one; a last tile that is not full."""
     ids = torch.cat([torch.tensor([0, 63, 64, 69, 69]), torch.randint(70, (20,))])
     check_embedding(call, ids, 70, 192, bits, 64, float_zero, block, (HALF, BRAIN, FLOAT))
@@ -67,16 +67,16 @@ def test_rows(call, bits, float_zero, block):  # noqa: F811
         (2048, 2048, 2048),
     ],
 )
-def test_groups_and_blocks(call, features, group, block):  # noqa: F811
+def test_groups_and_blocks(call, features, group, block):
     check_embedding(call, torch.randint(33, (9,)), 33, features, 3, group, True, block)
 
 
 @pytest.mark.parametrize("block", [4096, 8192, 11008, pytest.param(13824, marks=pytest.mark.slow)])
-def test_full_width(call, block):  # noqa: F811
+def test_full_width(call, block):
     check_embedding(call, torch.tensor([2, 0]), 3, block, 2, 128, False, block)
 
 
-def test_shapes_of_ids(call):  # noqa: F811
+def test_shapes_of_ids(call):
     """Any shape, int32 as well, not contiguous, and none at all."""
     grid = torch.randint(70, (6, 8))
     for ids in (grid, grid.int(), grid.T, grid[::2, 1::3], grid[0, 0]):
@@ -85,7 +85,7 @@ def test_shapes_of_ids(call):  # noqa: F811
     assert call(kernel, grid[:0], *packed, 64, HALF, *tables).shape == (0, 8, 64)
 
 
-def test_ids_that_are_no_rows(call):  # noqa: F811
+def test_ids_that_are_no_rows(call):
     packed, tables, want, _ = random_case(70, 192, 2, 64, True, 64)
     found = call(kernel, torch.tensor([3, -1, 128, 1 << 40, 69]), *packed, 192, FLOAT, *tables)
     assert found[1:4].isnan().all()
@@ -183,7 +183,7 @@ def dense_in_parts(*arguments):
 
 
 @pytest.mark.parametrize("out_features", [300, 256, 70])
-def test_dense_in_parts(call, out_features):  # noqa: F811
+def test_dense_in_parts(call, out_features):
     packed, tables, weight, bound = random_case(out_features, 192, 2, 64, True, 96)
     x, bias = torch.randn(33, 192), torch.randn(out_features)
     eps = (192 + 8) * torch.finfo(FLOAT).eps

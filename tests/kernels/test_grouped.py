@@ -9,14 +9,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 from bq_kernels import ops, reference, tiles, triton_grouped
+from bq_kernels.format import midrise_zero
 
 from .aot import TARGETS, inspect, record
-from .test_triton import (  # noqa: F401  call is a fixture
+from .layers import (
     BRAIN,
     FLOAT,
     HALF,
     assert_within,
-    call,
+    exact_levels,
     random_layer,
     random_tables,
 )
@@ -29,19 +30,19 @@ def random_experts(count, *layer):
     return codes, scales, zeros, stacked
 
 
-def check_grouped(call, x, experts, count, out_features, bits, group, float_zero, block=None):  # noqa: F811
+def check_grouped(call, x, experts, count, out_features, bits, group, float_zero, block=None):
     in_features, dtype = x.shape[-1], x.dtype
     codes, scales, zeros, packed = random_experts(count, out_features, in_features, bits, group, float_zero)
     tables = random_tables(in_features // block, block) if block else (None, None)
     got = call(ops.grouped_linear, x, experts, *packed, out_features, *tables)
     assert (got.dtype, got.shape) == (dtype, (*experts.shape, out_features))
     rotated = (reference.apply_rotation(x, *tables) if block else x).double()
-    centre, want, terms = (2**bits - 1) / 2, torch.zeros(got.shape).double(), torch.zeros(got.shape).double()
+    want, terms = torch.zeros(got.shape).double(), torch.zeros(got.shape).double()
     for expert in range(count):
-        zero = torch.tensor(centre) if zeros[expert] is None else zeros[expert].double().repeat_interleave(group, 1)
-        step = scales[expert].double().repeat_interleave(group, 1)
+        step, zero = exact_levels(scales[expert], zeros[expert], in_features, bits)
         row, place = (experts == expert).nonzero(as_tuple=True)
         want[row, place] = rotated[row] @ (step * (codes[expert] - zero)).T
+        centre = midrise_zero(bits)
         sizes = step * ((codes[expert] - centre).abs() + (zero - centre).abs())
         terms[row, place] = rotated[row].abs() @ sizes.T
     # as for the GEMM kernel in test_triton.py
@@ -64,7 +65,7 @@ def routed(rows, fanout, count):
 @pytest.mark.parametrize(
     ("bits", "group", "float_zero", "block"), [(2, 64, False, 64), (3, 32, True, None), (4, 128, True, 128)]
 )
-def test_formats(call, bits, group, float_zero, block, dtype):  # noqa: F811
+def test_formats(call, bits, group, float_zero, block, dtype):
     check_grouped(call, torch.randn(7, 256).to(dtype), routed(7, 2, 5), 5, 70, bits, group, float_zero, block)
 
 
@@ -72,12 +73,12 @@ def test_formats(call, bits, group, float_zero, block, dtype):  # noqa: F811
     ("rows", "fanout", "count", "out_features", "in_features", "group"),
     [(1, 1, 2, 64, 128, 128), (1, 4, 16, 33, 96, 96), (40, 2, 3, 130, 192, 64), (90, 1, 2, 65, 160, 32)],
 )
-def test_shapes(call, rows, fanout, count, out_features, in_features, group):  # noqa: F811
+def test_shapes(call, rows, fanout, count, out_features, in_features, group):
     x = torch.randn(rows, in_features).half()
     check_grouped(call, x, routed(rows, fanout, count), count, out_features, 2, group, False)
 
 
-def test_strided_inputs_and_types_of_indices(call):  # noqa: F811
+def test_strided_inputs_and_types_of_indices(call):
     wide = torch.randn(6, 3 * 128).half()
     for x in (wide[:, 128:256], wide[::2, :128], wide[:, ::3]):
         experts = routed(len(x), 2, 4)
@@ -85,7 +86,7 @@ def test_strided_inputs_and_types_of_indices(call):  # noqa: F811
             check_grouped(call, x, numbers, 4, 64, 2, 64, False)
 
 
-def test_no_rows(call):  # noqa: F811
+def test_no_rows(call):
     _, _, _, packed = random_experts(3, 64, 128, 2, 64, False)
     experts = torch.zeros(0, 2, dtype=torch.int64)
     assert call(ops.grouped_linear, torch.zeros(0, 128).half(), experts, *packed, 64, None, None).shape == (0, 2, 64)

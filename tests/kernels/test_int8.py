@@ -7,15 +7,16 @@ pytest.importorskip("triton")
 
 from bq_kernels import activations, ops, reference, tiles, triton_gemm_int8, triton_rotate_int8
 from bq_kernels.activations import DECODE_ROWS
+from bq_kernels.format import midrise_zero
 from bq_kernels.gpu import nearest_capability
 from bq_kernels.prepared import prepare_weights, prepared_linear
 
-from .test_triton import (  # noqa: F401  call: a fixture
+from .layers import (
     BRAIN,
     FLOAT,
     HALF,
     assert_within,
-    call,
+    exact_levels,
     random_layer,
     random_tables,
     strided,
@@ -35,14 +36,14 @@ def rotate_kernel(x, cos_sin, mix, unit):
     return side_by_side(*triton_rotate_int8.rotate_to_int8(x, cos_sin, mix, unit))
 
 
-def rotated_both(call, x, tables, unit):  # noqa: F811
+def rotated_both(call, x, tables, unit):
     """int8 codes [M, K] and scales [K/unit, M] of the kernel and of plain torch."""
     for found in (call(rotate_kernel, x, *tables, unit), side_by_side(*activations.rotate_to_int8(x, *tables, unit))):
         codes, scales = found.split([x.shape[1], x.shape[1] // unit], dim=1)
         yield codes.to(torch.int8), scales.T.contiguous()
 
 
-def check_rotate(call, x, block, unit):  # noqa: F811
+def check_rotate(call, x, block, unit):
     """Both sides are within half a scale of Q x, and every unit's largest magnitude is met but for float32."""
     features = x.shape[1]
     tables = random_tables(features // block, block) if block else (None, None)
@@ -78,7 +79,7 @@ def check_rotate(call, x, block, unit):  # noqa: F811
         (3, 96, 1, 32),
     ],
 )
-def test_rotate_to_int8(call, rows, features, block, unit, dtype):  # noqa: F811
+def test_rotate_to_int8(call, rows, features, block, unit, dtype):
     check_rotate(call, torch.randn(rows, features).to(dtype), block, unit)
 
 
@@ -87,30 +88,30 @@ WIDE.append(pytest.param(17408, 17408, 64, marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize(("features", "block", "unit"), WIDE)
-def test_rotate_wide_tokens(call, features, block, unit):  # noqa: F811
+def test_rotate_wide_tokens(call, features, block, unit):
     check_rotate(call, torch.randn(2, features).half(), block, unit)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-7, 1e-3, 6e4])
-def test_rotate_extremes(call, factor):  # noqa: F811
+def test_rotate_extremes(call, factor):
     check_rotate(call, (torch.randn(4, 192).clamp(-1, 1) * factor).half(), 64, 32)
 
 
-def test_an_outlier_costs_only_its_unit(call):  # noqa: F811
+def test_an_outlier_costs_only_its_unit(call):
     x = torch.rand(3, 128).half()
     x[1, 70] = 1000
     for _, scales in rotated_both(call, x, (None, None), 32):
         assert (scales > 2 / activations.LARGEST_INT8).nonzero().tolist() == [[2, 1]]
 
 
-def test_rotate_strided(call):  # noqa: F811
+def test_rotate_strided(call):
     for x in strided(192, HALF):
         if x.dim() == 2:
             check_rotate(call, x, 96, 32)
             check_rotate(call, x, 96, 64)
 
 
-def test_tokens_that_are_not_finite(call):  # noqa: F811
+def test_tokens_that_are_not_finite(call):
     """A token with NaN or infinity ends in numbers that are not finite; the others do not change."""
     x, tables = torch.randn(4, 128).half(), random_tables(2, 64)
     x[1, 5], x[2, 127] = float("nan"), float("inf")
@@ -132,15 +133,14 @@ def gemm_kernel(x, *arguments):
     return triton_gemm_int8.int8_linear(x, *layer, given).to(dtype)
 
 
-def check_gemm(call, rows, out_features, in_features, bits, group, float_zero, dtype=HALF, bias=False):  # noqa: F811
+def check_gemm(call, rows, out_features, in_features, bits, group, float_zero, dtype=HALF, bias=False):
     codes, scales, zeros, packed = random_layer(out_features, in_features, bits, group, float_zero)
     x = torch.randint(-127, 128, (rows, in_features), dtype=torch.int8)
     unit = tiles.unit_of(group)
     x_scales = torch.rand(in_features // unit, rows) / 127
     bias = torch.randn(out_features).to(dtype) if bias else None
-    centre = (2**bits - 1) / 2
-    zero = torch.tensor(centre) if zeros is None else zeros.double().repeat_interleave(group, dim=1)
-    step = scales.double().repeat_interleave(group, dim=1)
+    centre = midrise_zero(bits)
+    step, zero = exact_levels(scales, zeros, in_features, bits)
     exact = x.double() * x_scales.double().T.repeat_interleave(unit, dim=1)
     want = exact @ (step * (codes - zero)).T
     # int32 sums are exact; what is left are float32 roundings, at most one per term
@@ -156,7 +156,7 @@ def check_gemm(call, rows, out_features, in_features, bits, group, float_zero, d
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, FLOAT])
 @pytest.mark.parametrize("float_zero", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_gemm(call, bits, float_zero, dtype):  # noqa: F811
+def test_gemm(call, bits, float_zero, dtype):
     check_gemm(call, 5, 70, 192, bits, 64, float_zero, dtype, bias=True)
 
 
@@ -172,12 +172,12 @@ def test_gemm(call, bits, float_zero, dtype):  # noqa: F811
         (300, 3, 384, 384),  # more tokens than a program takes, one group a row
     ],
 )
-def test_gemm_shapes(call, rows, out_features, in_features, group):  # noqa: F811
+def test_gemm_shapes(call, rows, out_features, in_features, group):
     check_gemm(call, rows, out_features, in_features, 3, group, True)
 
 
 @pytest.mark.parametrize("block", [64, 96, None])
-def test_prefill_rounds_and_decode_does_not(call, block):  # noqa: F811
+def test_prefill_rounds_and_decode_does_not(call, block):
     """The operator and plain torch on stored words: int8 from one row more than DECODE_ROWS, and only if asked."""
     out_features, in_features = 9, 192
     words = torch.randint(-(2**31), 2**31, (out_features, in_features * 2 // 32), dtype=torch.int32)

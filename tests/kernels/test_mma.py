@@ -19,12 +19,10 @@ from bq_kernels.tiles import tiled_linear
 from bq_kernels.triton_linear import Launch
 
 from .aot import record_launches
+from .layers import BRAIN, FLOAT, HALF, assert_within, exact_levels, random_layer, random_tables
 from .ptxsim import simulate
-from .test_triton import assert_within, random_layer, random_tables
 
 pytestmark = pytest.mark.skipif(ops.interpreted(), reason="an interpreted kernel cannot be compiled")
-
-HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 
 def mma(outputs=32, warps=4, stages=2, exact=False):
@@ -56,9 +54,7 @@ def check(monkeypatch, x, out_features, bits, group, float_zero, *, bias=None, b
     tables = random_tables(in_features // block, block) if block else (None, None)
     got = simulated(monkeypatch, x, packed, bias, out_features, tables, launch, target)
     assert (got.dtype, got.shape) == (dtype, (*x.shape[:-1], out_features))
-    centre = (2**bits - 1) / 2
-    zero = torch.tensor(centre) if zeros is None else zeros.double().repeat_interleave(group, dim=1)
-    step = scales.double().repeat_interleave(group, dim=1)
+    step, zero = exact_levels(scales, zeros, in_features, bits)
     rotated = (reference.apply_rotation(x.float(), *tables) if block else x).double()
     want = rotated @ (step * (codes - zero)).T
     terms = rotated.abs() @ (step * (codes + zero)).T

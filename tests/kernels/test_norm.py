@@ -20,13 +20,13 @@ from bq_kernels.gpu import gpu_of
 from bq_kernels.triton_linear import Launch
 from bq_kernels.triton_norm import FUSED_ROWS
 
-from .test_triton import (  # noqa: F401  call: a fixture
+from .layers import (
     BRAIN,
     FLOAT,
     HALF,
     assert_within,
-    call,
     decode,
+    exact_levels,
     gemm,
     random_layer,
     random_tables,
@@ -62,7 +62,7 @@ def both(x, *arguments):
     return torch.stack([out, out if total is None else total])
 
 
-def check_norm(call, x, residual, weight, block, epsilon=1e-5):  # noqa: F811
+def check_norm(call, x, residual, weight, block, epsilon=1e-5):
     tables = random_tables(x.shape[-1] // block, block) if block else ()
     out, total = call(both, x, residual, weight, epsilon, *tables).to(x.dtype)
     h, _ = exact_norm(x, residual, weight, epsilon)
@@ -94,7 +94,7 @@ def check_norm(call, x, residual, weight, block, epsilon=1e-5):  # noqa: F811
         (2, 96, 1),
     ],
 )
-def test_norm(call, rows, features, block, dtype):  # noqa: F811
+def test_norm(call, rows, features, block, dtype):
     weight_dtype = FLOAT if rows == 2 else dtype  # Gemma's is 1 + the stored one, in float32
     weight = 1 + torch.randn(features).to(weight_dtype) / 4
     for residual in (None, torch.randn(rows, features).to(dtype) * 3):
@@ -106,21 +106,21 @@ WIDE = [(2048, 2048), *(pytest.param(*shape, marks=pytest.mark.slow) for shape i
 
 
 @pytest.mark.parametrize(("features", "block"), WIDE)
-def test_norm_of_wide_rows(call, features, block):  # noqa: F811
+def test_norm_of_wide_rows(call, features, block):
     """In two passes where blocks are wide, with any number of rows."""
     for rows in (1, triton_rotate.FEW_ROWS + 1):
         x, residual = torch.randn(2, rows, features).half()
         check_norm(call, x, residual, torch.rand(features).half(), block)
 
 
-def test_norm_of_strided_inputs(call):  # noqa: F811
+def test_norm_of_strided_inputs(call):
     for x in strided(192, HALF):
         residual = torch.randn(*x.shape[:-1], 384).half()[..., ::2]
         check_norm(call, x, residual, torch.rand(384).half()[::2], 64)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-7, 2e4])
-def test_norm_of_extreme_inputs(call, factor):  # noqa: F811
+def test_norm_of_extreme_inputs(call, factor):
     """t² is far beyond float16; rows of zeros stay zeros."""
     x, residual = (torch.randn(2, 3, 192).clamp(-1, 1) * factor).half()
     check_norm(call, x, residual, torch.ones(192).half(), 64)
@@ -138,7 +138,7 @@ def arranged(x, residual, weight, epsilon, cos_sin, bits, unit, exact):
     ("rows", "features", "block", "bits", "unit", "exact"),
     [(1, 192, 64, 2, 64, False), (5, 1152, 128, 3, 128, True), (2, 2048, 1024, 4, 32, False)],
 )
-def test_arranged_norm(call, rows, features, block, bits, unit, exact):  # noqa: F811
+def test_arranged_norm(call, rows, features, block, bits, unit, exact):
     x, residual = torch.randn(2, rows, features)
     weight, tables = torch.rand(features), random_tables(features // block, block)
     got = call(arranged, x, residual, weight, 1e-5, tables[0], bits, unit, exact)
@@ -166,8 +166,7 @@ def exact_linear(x, residual, weight, layer, group, bits, tables, activation_bit
     block = features // len(tables[0])
     h, _ = exact_norm(x, residual, weight, 1e-5)
     rotated = reference.apply_rotation(h, *tables)
-    zero = torch.tensor((2**bits - 1) / 2) if zeros is None else zeros.double().repeat_interleave(group, dim=1)
-    step = scales.double().repeat_interleave(group, dim=1)
+    step, zero = exact_levels(scales, zeros, features, bits)
     dense = step * (codes - zero)
     # Q h is rounded to the dtype, weights and zeros may be; a norm apart rounds h twice, spread over the block by Q
     unit, magnitude = torch.finfo(dtype).eps, (dense.abs() + step).T
@@ -179,7 +178,7 @@ def exact_linear(x, residual, weight, layer, group, bits, tables, activation_bit
     return rotated @ dense.T, inputs @ magnitude + (features + 8) * EPS * (rotated.abs() @ (2**bits * magnitude))
 
 
-def check_linear(call, x, residual, launch, block, bits=2, group=64, out_features=70):  # noqa: F811
+def check_linear(call, x, residual, launch, block, bits=2, group=64, out_features=70):
     features, dtype = x.shape[-1], x.dtype
     layer = random_layer(out_features, features, bits, group, bits == 3)
     weight, tables = torch.rand(features).to(dtype) + 0.5, random_tables(features // block, block)
@@ -199,21 +198,21 @@ LAUNCHES = [decode(), decode(fuse=False), gemm(), Launch(None, "dense"), Launch(
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: f"{launch.kernel}{launch.fuse}")
-def test_linear(call, launch):  # noqa: F811
+def test_linear(call, launch):
     """One row, which the decode kernel normalizes itself, and several; blocks within a slice and beyond one."""
     for rows, block, bits, dtype in ((1, 64, 2, HALF), (3, 192, 3, BRAIN), (2, 64, 4, FLOAT)):
         x, residual = torch.randn(2, rows, 192).to(dtype)
         check_linear(call, x, None if bits == 4 else residual, launch, block, bits)
 
 
-def test_decode_slices(call):  # noqa: F811
+def test_decode_slices(call):
     """Several slices of the row, each held by several programs: one of them writes the sum."""
     for block in (32, 256):
         x, residual = torch.randn(2, 1, 768).half()
         check_linear(call, x, residual, decode(256, programs=64), block)
 
 
-def test_many_rows(call):  # noqa: F811
+def test_many_rows(call):
     x, residual = torch.randn(2, FUSED_ROWS + 1, 192).half()
     check_linear(call, x, residual, gemm(32), 64)
 
@@ -224,7 +223,7 @@ def operator(*arguments):
 
 
 @pytest.mark.parametrize("rows", [0, 2, pytest.param(activations.DECODE_ROWS + 1, marks=pytest.mark.slow)])
-def test_operator(call, rows):  # noqa: F811
+def test_operator(call, rows):
     """The operator runs the kernels, rounds a prefill to int8 if asked, and gives no sum without a residual."""
     layer, tables = random_layer(9, 128, 2, 32, True), random_tables(2, 64)
     x, residual = torch.randn(2, rows, 128).half()

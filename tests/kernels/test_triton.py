@@ -1,10 +1,8 @@
 """The Triton kernels against the reference: interpreted on the CPU, and on the GPU where there is one."""
 
-import concurrent.futures
 import itertools
 import json
 import math
-import multiprocessing
 import random
 
 import pytest
@@ -13,48 +11,24 @@ import torch
 pytest.importorskip("triton")
 
 from bq_kernels import operands, ops, reference, triton_arrange, triton_decode, triton_linear, triton_rotate
-from bq_kernels.format import num_angles
+from bq_kernels.format import midrise_zero
 from bq_kernels.gpu import Gpu, gpu_of
-from bq_kernels.packing import pack
-from bq_kernels.tiles import tile, tiled_linear
+from bq_kernels.tiles import tiled_linear
 from bq_kernels.triton_linear import Launch
 
-HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
-DEVICES = ["interpreter"] + ["cuda"] * torch.cuda.is_available()
-
-
-@pytest.fixture(scope="module", params=DEVICES)
-def call(request):
-    """Calls a function with CPU tensors where kernels run: in a process that interprets them, or on the GPU.
-
-    Triton decides at import whether it interprets, and then compiles no more: hence a process of its own.
-    """
-    if request.param == "cuda":
-
-        def on_gpu(function, *tensors):
-            return function(*(t.cuda() if isinstance(t, torch.Tensor) else t for t in tensors)).cpu()
-
-        yield on_gpu
-        return
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            assert pool.submit(ops.interpreted).result()  # starts the process, which keeps this environment
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
-
-
-def assert_within(got, want, bound):
-    """`got` is float64 `want`, off by at most `bound` in float32 arithmetic and then rounded once to its dtype."""
-    info = torch.finfo(got.dtype)
-    limit = bound + info.eps / 2 * (want.abs() + bound) + info.smallest_normal * info.eps
-    excess = ((got.double() - want).abs() - limit).flatten()
-    worst = int(excess.argmax())
-    assert excess[worst] <= 0, f"{got.flatten()[worst]} for {want.flatten()[worst]}, allowed ±{limit.flatten()[worst]}"
-
-
-def random_tables(blocks, block_size):
-    angles = (torch.rand(blocks, num_angles(block_size)) * 2 - 1) * math.pi
-    return reference.givens_tables(angles, block_size)
+from .layers import (
+    BRAIN,
+    FLOAT,
+    HALF,
+    assert_within,
+    decode,
+    exact_levels,
+    gemm,
+    linear,
+    random_layer,
+    random_tables,
+    strided,
+)
 
 
 def check_rotation(call, x, block_size):
@@ -106,18 +80,6 @@ def test_rotation_of_extreme_inputs(call, factor):
     check_rotation(call, (x / 16).half(), 96)  # below 65504 after it, above it while pairs add up in float16
 
 
-def strided(features, dtype):
-    """Inputs [..., features] that are not contiguous."""
-    wide = torch.randn(6, 3 * features).to(dtype)
-    yield wide[:, features : 2 * features]  # a slice of a fused projection: one row stride
-    yield wide[::2, :features]
-    yield wide[1:].flip(0)[:, -features:]
-    yield torch.randn(2, 3, features).to(dtype).transpose(0, 1)  # rows without a common stride
-    yield torch.randn(features, 5).to(dtype).T  # the last dimension is not contiguous
-    yield torch.randn(1, features).to(dtype).expand(3, features)  # stride 0
-    yield torch.randn(4, 2 * features).to(dtype)[:, ::2]
-
-
 def test_rotation_of_strided_inputs(call):
     for x in strided(192, HALF):
         check_rotation(call, x, 96)
@@ -155,30 +117,14 @@ def test_arrange(call, rows, in_features, block, bits, unit, exact):
     torch.testing.assert_close(sums[..., 0], want_sums[..., 0], rtol=1e-3, atol=unit * 2.0**-18)
 
 
-def random_layer(out_features, in_features, bits, group, float_zero, scale=1.0):
-    """Codes [N, K], and what the kernels take: tiles, scales and zeros."""
-    codes = torch.randint(2**bits, (out_features, in_features))
-    scales = (torch.rand(out_features, in_features // group) * scale).half()
-    zeros = (torch.rand(out_features, in_features // group) * (2**bits - 1)).half() if float_zero else None
-    return codes, scales, zeros, tile(pack(codes, bits), scales, zeros, in_features)
-
-
-def linear(x, *arguments):
-    """The launcher, with a choice of launch that the operator does not have."""
-    if ops.interpreted():
-        return ops._interpret(triton_linear.packed_linear, x, *arguments)
-    return triton_linear.packed_linear(x, *arguments)
-
-
 def check_linear(call, x, out_features, bits, group, float_zero, bias=None, scale=1.0, launch=None, block=None):
     in_features, dtype = x.shape[-1], x.dtype
     codes, scales, zeros, packed = random_layer(out_features, in_features, bits, group, float_zero, scale)
     tables = random_tables(in_features // block, block) if block else (None, None)
     got = call(linear, x, *packed, bias, out_features, *tables, launch)
     assert (got.dtype, got.shape) == (dtype, (*x.shape[:-1], out_features))
-    centre = (2**bits - 1) / 2
-    zero = torch.tensor(centre) if zeros is None else zeros.double().repeat_interleave(group, dim=1)
-    step = scales.double().repeat_interleave(group, dim=1)
+    centre = midrise_zero(bits)
+    step, zero = exact_levels(scales, zeros, in_features, bits)
     rotated = (reference.apply_rotation(x, *tables) if block else x).double()
     want = rotated @ (step * (codes - zero)).T
     # products are exact in float32 and a sum of K of them rounds at most K times what its terms add up to; q and z
@@ -195,14 +141,6 @@ def check_linear(call, x, out_features, bits, group, float_zero, bias=None, scal
         want, terms = want + bias.double(), terms + bias.double().abs()
     assert_within(got, want, roundings * terms)
     assert_within(tiled_linear(x, *packed, bias, out_features, *tables), want, roundings * terms)
-
-
-def decode(slice_columns=256, fuse=True, programs=8):
-    return Launch(None, "decode", programs, slice_columns, fuse)
-
-
-def gemm(block_m=16, tiles=1, programs=1):
-    return Launch(None, "gemm", programs, block_m=block_m, tiles=tiles)
 
 
 DENSE = Launch(None, "dense")
