@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from bq_kernels import checksums
 from bq_kernels.format import HEAD, QuantConfig
+from bq_kernels.shards import INDEX, SINGLE
 
 from .errors import explain_write
 from .files import copy_carried, write_json, write_tensors
 from .model import SourceModel
-from .store import INDEX, TensorStore
+from .store import TensorStore
 
 SHARD_BYTES = 2 * 10**9
 # Stands in config.json under transformers_weights, where transformers expects the name of a weights file and refuses
@@ -86,7 +87,7 @@ def write_shards(nbytes: dict[str, int], read: Callable[[str], torch.Tensor], fo
         size += nbytes[name]
     weight_map = {}
     for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if not (folder / file).exists():
             write_tensors(folder / file, {name: read(name) for name in names}, record_sums=True)
         weight_map |= dict.fromkeys(names, file)

@@ -93,11 +93,16 @@ def run_facts(source: SourceModel, workspace: Workspace) -> dict[str, Any]:
         "processes": parallel.size(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if on_gpu else _cpu(),
         "compute_dtype": source.compute.to_dict(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
     }
+
+
+def _cpu() -> str:
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread" + "s" * (threads > 1)
 
 
 def gains(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bq_kernels.format import FormatError
+from bq_kernels.shards import INDEX, SINGLE, read_index
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
 
-INDEX = "model.safetensors.index.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of weights that are not quantized
 # weights in another layout, or of another model, that lie beside a model's own
 _BESIDE = ("consolidated*", "adapter_model*", "training_args*", "optimizer*")
@@ -33,22 +33,11 @@ _DTYPES = {
 }
 
 
-def read_index(folder: Path) -> dict[str, str] | None:
-    """File by tensor name as the folder's index says; None where there is no index.
-
-    Raises:
-        UserError: if the index is not valid.
-    """
-    file = folder / INDEX
-    if not file.exists():
-        return None
+def _read_index(folder: Path) -> dict[str, str] | None:
     try:
-        listed = json.loads(file.read_text())["weight_map"]
-        if not listed or not all(isinstance(name, str) and Path(name).name == name for name in listed.values()):
-            raise TypeError("weight_map is not a table of tensors and files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a valid index ({error!r}); download it again") from error
-    return listed
+        return read_index(folder)
+    except FormatError as error:
+        raise UserError(str(error)) from error
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -57,13 +46,13 @@ def model_files(folder: Path) -> list[Path]:
     Raises:
         UserError: if there are none, or one of the index is missing.
     """
-    if (listed := read_index(folder)) is not None:
+    if (listed := _read_index(folder)) is not None:
         for name in sorted(set(listed.values())):
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name}: missing, though {INDEX} lists it; download it again")
         return [folder / name for name in sorted(set(listed.values()))]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     files = [f for f in sorted(folder.glob("*.safetensors")) if not any(f.match(pattern) for pattern in _BESIDE)]
     if not files:
         raise UserError(f"{folder}: no .safetensors file; convert the weights first (nothing is ever unpickled here)")
@@ -112,7 +101,7 @@ class TensorStore:
                     self._place |= {name: (file, name) for name in handle.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: cannot be read, truncated or damaged ({error}); get it again") from error
-        for name, file in sorted((read_index(folder) or {}).items()):
+        for name, file in sorted((_read_index(folder) or {}).items()):
             if name not in self._place:
                 raise UserError(f"{folder / file}: tensor {name} of the index is not there")
 

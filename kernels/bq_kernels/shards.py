@@ -22,7 +22,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         FormatError: naming a file that is missing, surplus or damaged, or a tensor that is in two files or in another
             one than the index says.
     """
-    listed, present = _read_index(folder / INDEX), sorted(folder.glob("*.safetensors"))
+    index, present = _read_index(folder / INDEX), sorted(folder.glob("*.safetensors"))
+    if index is not None and not isinstance(index.get("metadata"), dict):  # transformers writes into it
+        raise FormatError(f"{folder / INDEX}: not a valid index; download it again")
+    listed = None if index is None else index["weight_map"]
     names = {SINGLE} if listed is None else set(listed.values())
     if missing := sorted(names - {file.name for file in present if file.is_file()}):
         says = "expected the tensors of the checkpoint" if listed is None else f"though {INDEX} lists it"
@@ -45,8 +48,18 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _read_index(file: Path) -> dict[str, str] | None:
-    """File name by tensor; None where there is no index."""
+def read_index(folder: Path) -> dict[str, str] | None:
+    """The file name of every tensor as a folder's index says; None where there is no index.
+
+    Raises:
+        FormatError: if the index is not valid.
+    """
+    data = _read_index(folder / INDEX)
+    return None if data is None else data["weight_map"]
+
+
+def _read_index(file: Path) -> dict | None:
+    """An index as it is stored, its table of files checked."""
     if not file.is_file():
         return None
     try:
@@ -54,8 +67,6 @@ def _read_index(file: Path) -> dict[str, str] | None:
         listed = data["weight_map"]
         if not listed or not all(isinstance(name, str) and Path(name).name == name for name in listed.values()):
             raise TypeError
-        if not isinstance(data["metadata"], dict):  # transformers writes into it
-            raise TypeError
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise FormatError(f"{file}: not a valid index; download it again") from None
-    return listed
+    return data
