@@ -31,7 +31,7 @@ from .training_plan import TrainingPlan, training_plan
 from .workspace import STABLE, Workspace
 
 # peak Adam learning rates by kind of parameter, as shares of the recipe's; codes have one of their own
-RATES = {"scales": 1.0, "zeros": 1.0, "angles": 0.4, "norms": 0.1}
+RATES = {"scales": 1.0, "zeros": 1.0, "tables": 0.1, "angles": 0.4, "norms": 0.1}
 CURVE = "training.jsonl"  # a line per step
 MEASUREMENTS = 10  # of the divergence on held-out text, spread over a training
 

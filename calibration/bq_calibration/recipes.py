@@ -129,7 +129,8 @@ class Recipe:
     train_lr: float = _setting(
         5e-3,
         TRAINING,
-        "Peak learning rate of scales and zeros in end-to-end training; angles take 0.4 of it, norms 0.1.",
+        "Peak learning rate of scales and zeros in end-to-end training; angles take 0.4 of it, 0.1 norms, and scales "
+        "and zeros of an embedding and LM head.",
         least=0,
         most=1,
     )

@@ -54,6 +54,7 @@ class Trainable:
         self.source, self.config, self.train_codes = source, config, train_codes
         self.latent_dtype = latent_dtype
         self.layers: dict[str, QuantizedLinear] = {}
+        self.tables: list[str] = []  # those of them that are an embedding or LM head
         self.rotations: dict[str, SharedRotation] = {}
         self.norms: dict[str, _Norm] = {}
 
@@ -113,11 +114,14 @@ class Trainable:
             layer.clamp_codes()
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters, by kind."""
+        """The trained parameters, by kind; `tables` are scales and zeros of an embedding and LM head."""
+        layers = [layer for name, layer in self.layers.items() if name not in self.tables]
+        tables = [self.layers[name] for name in self.tables]
         found = {
             "codes": [layer.codes for layer in self.layers.values()],
-            "scales": [layer.scale_ratio for layer in self.layers.values()],
-            "zeros": [layer.zeros for layer in self.layers.values() if layer.zeros is not None],
+            "scales": [layer.scale_ratio for layer in layers],
+            "zeros": [layer.zeros for layer in layers if layer.zeros is not None],
+            "tables": [p for table in tables for p in (table.scale_ratio, table.zeros) if p is not None],
             "angles": [rotation.angles for rotation in self.rotations.values() if rotation.angles is not None],
             "norms": [norm.weight for norm in self.norms.values()],
         }
@@ -194,6 +198,7 @@ class Student(Trainable):
         tables, features = {}, self.source.text_config.hidden_size
         for name in filter(self.config.packs, self.source.embedding_names):
             tables[name] = self._layer(name, self._rotation(name, features, 1, packed), self.original_head.bias, packed)
+            self.tables.append(name)
         if embedding := tables.get(self.source.embedding_names[0]):
             factor = getattr(self.decoder.embed_tokens, "scalar_embed_scale", 1.0)
             self.decoder.embed_tokens = QuantizedEmbedding(embedding, factor)
