@@ -54,7 +54,6 @@ class Trainable:
         self.source, self.config, self.train_codes = source, config, train_codes
         self.latent_dtype = latent_dtype
         self.layers: dict[str, QuantizedLinear] = {}
-        self.tables: list[str] = []  # those of them that are an embedding or LM head
         self.rotations: dict[str, SharedRotation] = {}
         self.norms: dict[str, _Norm] = {}
 
@@ -115,8 +114,9 @@ class Trainable:
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters, by kind; `tables` are scales and zeros of an embedding and LM head."""
-        layers = [layer for name, layer in self.layers.items() if name not in self.tables]
-        tables = [self.layers[name] for name in self.tables]
+        names = self.source.embedding_names
+        layers = [layer for name, layer in self.layers.items() if name not in names]
+        tables = [layer for name, layer in self.layers.items() if name in names]
         found = {
             "codes": [layer.codes for layer in self.layers.values()],
             "scales": [layer.scale_ratio for layer in layers],
@@ -198,7 +198,6 @@ class Student(Trainable):
         tables, features = {}, self.source.text_config.hidden_size
         for name in filter(self.config.packs, self.source.embedding_names):
             tables[name] = self._layer(name, self._rotation(name, features, 1, packed), self.original_head.bias, packed)
-            self.tables.append(name)
         if embedding := tables.get(self.source.embedding_names[0]):
             factor = getattr(self.decoder.embed_tokens, "scalar_embed_scale", 1.0)
             self.decoder.embed_tokens = QuantizedEmbedding(embedding, factor)
