@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from . import parallel
-from .architecture import check_architecture, input_groups
+from .architecture import InputGroup, check_architecture, input_groups
 from .block import Block
 from .compute import compute_dtypes
 from .errors import UserError, explain
@@ -118,6 +118,10 @@ class SourceModel:
                 module._buffers[name] = buffer.to(device) if buffer is not None else None
         self.num_blocks = len(self.decoder.layers)
         self._kwargs: list[dict[str, Any]] = [{} for _ in self.decoder.layers]
+
+    def share_of_tokens(self, group: InputGroup) -> float:
+        """Share of all tokens that a layer of a group reads: an expert's those that choose it, on average."""
+        return getattr(self.text_config, "num_experts_per_tok", 1) / group.experts if group.experts else 1.0
 
     def _match_names(self) -> None:
         """Call stored tensors as the model does, drop stale ones, and refuse a model that is not whole.

@@ -19,11 +19,12 @@ from .files import carried_files
 from .mix import parse_mix
 from .model import SourceModel
 from .quantize_embeddings import ROWS
-from .recipes import Recipe
+from .recipes import UNPACKED, Recipe
 from .rotation import MOST_ROWS
 from .training_plan import PROCESS, training_plan
 
 MOST_STATES = 2**34  # bytes of the teacher's states on disk: larger ones are rarely within a budget of memory
+PACE = 1.5  # time over operations at the rate of products, measured on whole layers (docs/experiment-log.md)
 _CHUNK = 2**24  # bytes that are hashed at a time
 
 
@@ -120,7 +121,7 @@ class Plan:
 
     def seconds(self, device: torch.device) -> float | None:
         """Time on this CPU, about; None for other devices, whose rate is not known before they work."""
-        return self.operations / operations_per_second() if device.type == "cpu" else None
+        return PACE * self.operations / operations_per_second() if device.type == "cpu" else None
 
 
 def plan(source: SourceModel, config: QuantConfig, recipe: Recipe, memory_budget: int) -> Plan:
@@ -153,8 +154,9 @@ def plan(source: SourceModel, config: QuantConfig, recipe: Recipe, memory_budget
             _memory(source, recipe, memory_budget),
             _embedding_memory(source, recipe, embeddings),
         ),
-        sum(count * _operations(block, recipe) for block, count in source.kinds)
-        + _embedding_operations(recipe, weights, embeddings),
+        sum(count * _operations(source, block, recipe) for block, count in source.kinds)
+        + sum(_rounding_operations(recipe, *shape) for shape in embeddings.values())
+        + 6 * source.vocabulary * source.text_config.hidden_size * recipe.train_tokens,  # logits of both, a way back
     )
 
 
@@ -266,26 +268,28 @@ def _embedding_memory(source: SourceModel, recipe: Recipe, embeddings: dict[str,
     return PROCESS + max(rounding, default=0) + _states(source, recipe) // parallel.size()
 
 
-def _embedding_operations(recipe: Recipe, weights: int, embeddings: dict[str, tuple[int, int]]) -> float:
-    """A pass through all layers, rounding, refinement."""
-    rounding = sum(4 * columns**2 * rows * (1 + recipe.refine) for rows, columns in embeddings.values())
-    return rounding + (2 * weights * recipe.samples * recipe.seqlen if embeddings else 0)
-
-
-def _operations(block: Block, recipe: Recipe) -> float:
-    """Of a decoder layer: rounding in up to three bases, refinement, passes, training, learning the angles."""
-    total = 0.0
+def _operations(source: SourceModel, block: Block, recipe: Recipe) -> float:
+    """Of a decoder layer: statistics, the angles, rounding, passes, training."""
+    total, tokens = 0.0, recipe.samples * recipe.seqlen
     for group in block.groups:
-        k = block.in_features(group)
+        parts, k = len(group.parts()), block.in_features(group)
         n = sum(layer.out_features for layer in block.linears(group).values())
-        tokens = recipe.samples * recipe.seqlen
-        factors = 20 * k**3 * len(group.parts())
-        total += 3 * (4 * k * k * min(n, 3 * MOST_ROWS) + factors) + 4 * k * k * n * (1 + recipe.refine)
-        total += 2 * k * k * tokens + 2 * k * n * tokens * 5
-        total += 2 * k * n * recipe.windows * recipe.seqlen * 2 * recipe.trains
-        if recipe.correction:
-            total += 2 * k * n * (k + tokens * 4) + 2 * k * k * tokens
-        total += 10 * k * n * (recipe.block_tokens + recipe.train_tokens)
+        read = source.share_of_tokens(group)
+        twice = 1 + bool(group.experts)  # statistics of all experts, then of each
+        total += twice * k * k * tokens * read * parts + _rounding_operations(recipe, n, k)
+        total += parts * (k**3 / 3 + recipe.compare * (2 / 3 * k**3 + 2 * MOST_ROWS * k * k))
         if recipe.rotation == "butterfly":
-            total += recipe.steps * 6 * MOST_ROWS * k * k
+            total += recipe.steps * 2 * MOST_ROWS * k * k
+        if recipe.correction:
+            total += 2 * k * k * (n + tokens)
+        passes = 2 * (twice + bool(recipe.correction)) * tokens  # for statistics, and with rounded layers
+        passes += tokens * (min(recipe.embedding_bits, recipe.head_bits) < UNPACKED)  # to the LM head
+        passes += 2 * recipe.windows * recipe.seqlen * recipe.trains  # of both models
+        passes += 4 * (recipe.block_tokens + recipe.train_tokens)  # forward, backward twice, the 16-bit model's
+        total += 2 * k * n * read * passes
     return total
+
+
+def _rounding_operations(recipe: Recipe, rows: int, columns: int) -> float:
+    """GPTQ and refinement of a weight."""
+    return rows * columns**2 * (1 + 2 * recipe.refine)

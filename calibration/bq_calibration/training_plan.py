@@ -107,11 +107,11 @@ def training_plan(source: SourceModel, recipe: Recipe, budget: int) -> TrainingP
 
 def _features_per_token(block: Block, source: SourceModel) -> float:
     """Inputs and outputs of the linear layers that a token meets in a decoder layer: of experts, only its own."""
-    chosen, total = getattr(source.text_config, "num_experts_per_tok", 0), 0.0
-    for group in block.groups:
-        share = chosen / group.experts if group.experts else 1.0
-        total += share * sum(layer.in_features + layer.out_features for layer in block.linears(group).values())
-    return total
+    return sum(
+        source.share_of_tokens(group)
+        * sum(layer.in_features + layer.out_features for layer in block.linears(group).values())
+        for group in block.groups
+    )
 
 
 def _memory(source: SourceModel, recipe: Recipe, plan: TrainingPlan, states: int) -> int:

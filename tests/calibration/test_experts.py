@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 
 import pytest
@@ -12,7 +13,9 @@ from bq_calibration.checkpoint import verify
 from bq_calibration.errors import UserError
 from bq_calibration.experts import Experts, split_tensors
 from bq_calibration.input_statistics import InputStatistics
+from bq_calibration.model import SourceModel
 from bq_calibration.pipeline import Calibration
+from bq_calibration.preflight import plan
 from bq_calibration.recipes import make_recipe
 from bq_calibration.skeleton import empty_model
 from bq_calibration.store import TensorStore
@@ -52,6 +55,21 @@ def test_experts_compute_what_transformers_does(architecture, tmp_path):
     x = 5 * torch.randn(9, 96)  # beyond the limits of gpt-oss
     with torch.no_grad():
         torch.testing.assert_close(experts(x, numbers, weights), stacked(x, numbers, weights), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "gpt_oss"])
+def test_time_counts_the_experts_that_a_token_chooses(architecture, tmp_path):
+    """A further token of end-to-end training: forward, backward twice, the 16-bit model; and the loss."""
+    folder = make_model(tmp_path / "model", architecture)
+    config = Calibration(str(folder), "unused", make_recipe("fast", SMALL), "cpu").config
+    source = SourceModel(str(folder), torch.device("cpu"))
+    one, two = (plan(source, config, make_recipe("fast", SMALL | {"train_tokens": n}), 10**10) for n in (64, 128))
+    unchosen = [f".experts.{number}." for number in range(2, 6)]
+    met = [name for name in source.linear_weights if not any(part in name for part in unchosen)]
+    weights = sum(math.prod(source.store.shape(name)) for name in met)
+    head = source.vocabulary * source.text_config.hidden_size
+    assert len(met) < len(source.linear_weights)
+    assert (two.operations - one.operations) / 64 == pytest.approx(8 * weights + 6 * head)
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
