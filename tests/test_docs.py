@@ -270,7 +270,7 @@ def test_every_setting_is_documented_with_its_values():
         flag = "--" + field.name.replace("_", "-")
         assert all(rows[f"{flag} 4"][1:3]), f"{flag}: effect and advice"
         values = [getattr(recipe, field.name) for recipe in RECIPES.values()]
-        unset = "full" if field.name == "rotation_block" else "none"
+        unset = field.metadata["unset"]
         assert rows.get(f"{flag} 4") and [unset if v is None else str(v) for v in values] == values_of(flag)
 
 

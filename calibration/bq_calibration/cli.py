@@ -18,7 +18,7 @@ from . import __version__, calibrate, convert, evaluate, inspect
 from .console import is_first, stderr, stdout
 from .errors import UserError, check_writable
 from .logs import log_to, quieten_libraries
-from .recipes import RECIPES, Recipe, make_recipe
+from .recipes import RECIPES, Recipe, flag, make_recipe
 from .schedule import parse_tokens
 
 
@@ -60,9 +60,8 @@ def _run(command: Callable[..., None]) -> None:
 
 def _recipe_help(field: dataclasses.Field) -> str:
     """The text of a setting's flag, with its value in every recipe."""
-    unset = "full" if field.name == "rotation_block" else "off"
     values = {name: getattr(recipe, field.name) for name, recipe in RECIPES.items()}
-    shown = {name: unset if value is None else value for name, value in values.items()}
+    shown = {name: field.metadata["unset"] if value is None else value for name, value in values.items()}
     if len(set(shown.values())) == 1:
         defaults = next(iter(shown.values()))
     else:
@@ -78,9 +77,9 @@ def _recipe_flag(field: dataclasses.Field) -> signatures.Parameter:
         "float | None": float,
         "str": str,
         "str | None": str,
-        "int | None": str,
+        "int | None": str,  # or a word
         "bool": bool,
-    }  # int | None: or full
+    }
     kind = types[field.type]
     tokens = {"parser": parse_tokens, "metavar": "TOKENS"} if field.metadata["tokens"] else {}
     option = typer.Option(
@@ -88,6 +87,14 @@ def _recipe_flag(field: dataclasses.Field) -> signatures.Parameter:
     )
     annotation = Annotated[kind | None, option]
     return signatures.Parameter(field.name, signatures.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _number_or_word(field: dataclasses.Field, text: str) -> int | None:
+    """The value of a flag that takes a number, or a word for None."""
+    word = field.metadata["unset"]
+    if text != word and not text.isdigit():
+        raise UserError(f"{flag(field.name)} {text}: expected a number or {word}")
+    return None if text == word else int(text)
 
 
 def _with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -141,10 +148,9 @@ def _calibrate(
     Defaults stand in parentheses behind each flag, by recipe where recipes differ.
     """
     overrides = {name: value for name, value in settings.items() if value is not None}
-    if (width := overrides.get("rotation_block")) is not None:
-        if width != "full" and not width.isdigit():
-            raise UserError(f"--rotation-block {width}: expected a number or full")
-        overrides["rotation_block"] = None if width == "full" else int(width)
+    for field in dataclasses.fields(Recipe):
+        if field.type == "int | None" and field.name in overrides:
+            overrides[field.name] = _number_or_word(field, overrides[field.name])
     make_recipe(recipe, overrides)  # flags are checked before torch and transformers load
     run = {"device": device, "compute_dtype": compute_dtype, "resume": resume, "plots": plots}
     run |= {"memory_budget": memory_budget, "extend": extend and str(extend), "keep_work": keep_work}

@@ -6,6 +6,7 @@ straight-through quantizer; frozen ones stay packed.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import shutil
 from dataclasses import dataclass
@@ -85,10 +86,17 @@ def train_end_to_end(
     """
     if not recipe.train_tokens:
         return packed, []
+
+    def fitting(recipe: Recipe) -> TrainingPlan:
+        return training_plan(source, recipe, memory_budget)
+
+    # once for all processes that an interrupted run goes on with, and for a longer run: the saved state depends on it
+    bits = workspace.json("optimizer_bits", lambda: fitting(recipe).optimizer_bits)
+    recipe = dataclasses.replace(recipe, optimizer_bits=bits)
     plan = TrainingPlan(
         **workspace.json(
             f"plan/{parallel.size()}",  # an interrupted run may go on with more processes, or fewer
-            lambda: training_plan(source, recipe, memory_budget).to_dict(),
+            lambda: fitting(recipe).to_dict(),
         )
     )
     if plan.stores_teacher:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 
 import torch
 from torch import nn
 
 from . import parallel
-from .errors import UserError
 
 BETAS = (0.9, 0.95)
 MOMENT_BLOCK = 256  # 8-bit moments that share a scale, at most
@@ -18,6 +18,11 @@ MOMENT_BLOCK = 256  # 8-bit moments that share a scale, at most
 def latent_dtype(optimizer_bits: int) -> torch.dtype:
     """Dtype of latent codes: they lose nothing to 16 bits where the optimizer rounds stochastically."""
     return torch.bfloat16 if optimizer_bits == 8 else torch.float32
+
+
+def has_torchao() -> bool:
+    """Whether the moments of codes can have 8 bits."""
+    return importlib.util.find_spec("torchao") is not None
 
 
 class Optimizer:
@@ -36,7 +41,7 @@ class Optimizer:
             which is then freed. The learning rates must be set before, and one backward pass must be one step.
 
     Raises:
-        UserError: if torchao is needed and not installed.
+        ImportError: if torchao is needed and not installed; `has_torchao` tells before.
     """
 
     def __init__(self, parameters: dict[str, list[nn.Parameter]], bits: int = 32, in_backward: bool = False):
@@ -111,10 +116,8 @@ def _adam(tensors: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _adam8bit(tensors: list[nn.Parameter]) -> torch.optim.Optimizer:
-    try:
-        from torchao.optim import Adam8bit
-    except ImportError as error:
-        raise UserError("--optimizer-bits 8 needs torchao; install it with pip") from error
+    from torchao.optim import Adam8bit
+
     return Adam8bit(tensors, betas=BETAS, bf16_stochastic_round=True)
 
 

@@ -22,9 +22,10 @@ from .files import warn_of_large_files
 from .logs import log_to
 from .model import SourceModel
 from .model_card import write_model_card
+from .quant_config import embedding_bits, quant_config
 from .quantize_blocks import BLOCKS, quantize_blocks
 from .quantize_embeddings import quantize_embeddings
-from .recipes import Recipe, packed_embeddings, quant_config
+from .recipes import Recipe
 from .report import run_facts, write_report
 from .sensitivity import mixed_bits
 from .skeleton import tied_head
@@ -210,7 +211,7 @@ class Calibration:
     def _format(self) -> QuantConfig:
         """The checkpoint's format, checked against the shapes of the model's layers."""
         blocks = [block for block, _ in self.source.kinds]
-        embeddings = packed_embeddings(self.recipe, self.source.embedding_names, self.source.name)
+        embeddings = embedding_bits(self.recipe, self.source.embedding_names, self.source.name)
         if embeddings and tied_head(self.source.skeleton) and len(self.source.embedding_names) == 2:
             raise UserError(
                 f"{self.source.folder}: config.json ties the LM head to the embedding, but lm_head.weight differs from "

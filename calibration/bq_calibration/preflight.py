@@ -201,7 +201,7 @@ def _disk(
     if recipe.train_tokens:
         scales = (weights + tables) // config.group(source.text_config.hidden_size)
         trained = weights + scales if recipe.train_codes else scales
-        moments = 12 if recipe.optimizer_bits == 32 else 5  # value and moments, per parameter
+        moments = 5 if recipe.optimizer_bits == 8 else 12  # value and moments, per parameter
         files = 2 + (recipe.schedule == "wsd")  # while a file is replaced it is there twice
         text = recipe.text_samples * recipe.seqlen
         states = text * source.text_config.hidden_size * source.dtype.itemsize

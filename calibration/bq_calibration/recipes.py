@@ -9,24 +9,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from bq_kernels.format import (
-    BITS,
-    HEAD,
-    ROTATION_KINDS,
-    ZERO_POINTS,
-    FormatError,
-    QuantConfig,
-    RotationConfig,
-)
+from bq_kernels.format import BITS, HEAD, ROTATION_KINDS, ZERO_POINTS
 
-from .architecture import InputGroup
 from .errors import UserError
 from .schedule import SCHEDULES
 
 UNPACKED = 16  # bits of an embedding or LM head that stays as it is
-KEPT_SHARE = 16  # a table keeps at most one row of so many in 16 bits
 FORMAT, ROTATION, ROUNDING, TRAINING, DATA = "Format", "Rotation", "Rounding", "Training", "Data"  # sections of --help
-
 OPTIMIZER_BITS = (32, 8)
 
 
@@ -39,10 +28,22 @@ def _setting(
     least: float | None = None,
     most: float | None = None,
     tokens: bool = False,
+    unset: str = "none",
 ) -> Any:
-    """A field of Recipe: its default, its section and text in --help, the values it takes, whether it counts tokens."""
-    metadata = {"section": section, "text": text, "choices": choices, "least": least, "most": most, "tokens": tokens}
-    return dataclasses.field(default=default, metadata=metadata)
+    """A field of Recipe.
+
+    Args:
+        default: value of a recipe that does not name it.
+        section: of --help.
+        text: in --help.
+        choices: values it takes, if these are few.
+        least: value it takes.
+        most: value it takes.
+        tokens: whether it counts tokens.
+        unset: word for None.
+    """
+    metadata = {"section": section, "text": text, "choices": choices, "least": least, "most": most}
+    return dataclasses.field(default=default, metadata=metadata | {"tokens": tokens, "unset": unset})
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ class Recipe:
         1, FORMAT, "GPUs: rotation blocks and groups stay inside the shards of row-parallel layers.", least=1
     )
     rotation: str = _setting("butterfly", ROTATION, "Kind of rotation.", choices=ROTATION_KINDS)
-    rotation_block: int | None = _setting(64, ROTATION, "Features that a rotation mixes, or full.", least=2)
+    rotation_block: int | None = _setting(
+        64, ROTATION, "Features that a rotation mixes, or full.", least=2, unset="full"
+    )
     init: str = _setting(
         "hadamard", ROTATION, "Angles that learning starts from.", choices=("identity", "hadamard", "random")
     )
@@ -137,8 +140,12 @@ class Recipe:
     code_lr: float = _setting(
         5e-3, TRAINING, "Peak learning rate of codes in end-to-end training, in steps of theirs.", least=0, most=1
     )
-    optimizer_bits: int = _setting(
-        32, TRAINING, "Bits of the moments of codes; with 8 the codes themselves take 16.", choices=OPTIMIZER_BITS
+    optimizer_bits: int | None = _setting(
+        None,
+        TRAINING,
+        "Bits of the moments of codes, with 8 the codes themselves take 16; auto takes 32 where they fit into memory.",
+        choices=OPTIMIZER_BITS,
+        unset="auto",
     )
     compile: str = _setting(
         "auto",
@@ -271,79 +278,14 @@ def make_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     for field in fields.values():
         value, allowed = getattr(recipe, field.name), field.metadata
         least, most, choices = allowed["least"], allowed["most"], allowed["choices"]
+        if value is None:
+            if field.type.endswith("None"):
+                continue
+            raise UserError(f"{flag(field.name)}: expected a value")
         if choices and value not in choices:
             raise UserError(f"{flag(field.name)} {value}: expected one of {', '.join(map(str, choices))}")
-        if value is None:
-            continue
         if least is not None and not value >= least:  # NaN is not
             raise UserError(f"{flag(field.name)} {value}: expected at least {least}")
         if most is not None and not value <= most:
             raise UserError(f"{flag(field.name)} {value}: expected at most {most}")
     return recipe
-
-
-def packed_embeddings(recipe: Recipe, names: tuple[str, ...], model: str) -> dict[str, int]:
-    """Bits of the embedding and the LM head, by full name, where they are packed.
-
-    Args:
-        recipe: settings of the run.
-        names: full names of those that the model stores: of one, where they are tied.
-        model: its name.
-
-    Raises:
-        UserError: if a tied model is to have two numbers of bits.
-    """
-    if len(names) == 1 and recipe.embedding_bits != recipe.head_bits:
-        raise UserError(
-            f"--embedding-bits {recipe.embedding_bits}, --head-bits {recipe.head_bits}: {model} ties its LM head to "
-            "its embedding, which is stored once; give both the same"
-        )
-    bits = {name: recipe.bits_of_embedding(name) for name in names}
-    return {name: value for name, value in bits.items() if value != UNPACKED}
-
-
-def quant_config(
-    recipe: Recipe, widths: dict[InputGroup, int], embeddings: dict[str, int], vocabulary: int
-) -> QuantConfig:
-    """The checkpoint's quantization config, checked against the widths of the model's inputs.
-
-    Args:
-        recipe: settings of the run.
-        widths: input features of every group of layers; the first group reads the hidden states.
-        embeddings: from `packed_embeddings`.
-        vocabulary: rows of the embedding.
-
-    Raises:
-        UserError: if a group or a rotation block does not divide a width, or a tensor-parallel shard of one.
-    """
-    table: dict[str, int] = {}
-    shards = {
-        group: width // recipe.tensor_parallel if group.row_parallel else width for group, width in widths.items()
-    }
-    for group, width in widths.items():
-        if group.row_parallel and width % recipe.tensor_parallel:
-            raise UserError(
-                f"--tensor-parallel {recipe.tensor_parallel} does not divide {width} inputs of {group.name}"
-            )
-        block = recipe.rotation_block or shards[group]
-        sizes = {"--group-size": recipe.group_size} | ({} if recipe.rotation == "none" else {"--rotation-block": block})
-        for name, size in sorted(sizes.items(), reverse=True):
-            if size > 0 and shards[group] % size:
-                shard = f" ({width} / {recipe.tensor_parallel} in a shard)" if shards[group] != width else ""
-                raise UserError(f"{name} {size} does not divide the {shards[group]} inputs of {group.name}{shard}")
-        for kind in {layer.rsplit(".", 1)[-1] for layer in group.layers}:
-            if table.setdefault(kind, block) != block:
-                raise UserError(f"--rotation-block full: {kind} has {table[kind]} and {block} inputs; give a number")
-    hidden = next(iter(widths.values()))
-    table |= {name.rpartition(".")[2]: recipe.rotation_block or hidden for name in embeddings}
-    sizes = list(table.values())
-    default = max(set(sizes), key=sizes.count)
-    blocks = {"default": default} | {name: size for name, size in table.items() if size != default}
-    try:
-        rotation = RotationConfig(recipe.rotation, blocks if recipe.rotation != "none" else {})
-        kept = () if recipe.head_bits != UNPACKED else (HEAD,)
-        rows = min(recipe.kept_tokens, vocabulary // KEPT_SHARE)
-        tokens = dict.fromkeys(embeddings, rows) if rows else {}
-        return QuantConfig(recipe.bits, recipe.group_size, recipe.zero_point, rotation, kept, embeddings, tokens)
-    except FormatError as error:
-        raise UserError(str(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from . import parallel
 from .block import Block
 from .errors import UserError
 from .model import SourceModel
+from .optimizer import has_torchao
 from .recipes import Recipe
 
 SHARE = 0.85  # of the free memory that a run may take unless --memory-budget says otherwise
@@ -88,21 +90,34 @@ def training_plan(source: SourceModel, recipe: Recipe, budget: int) -> TrainingP
     states = recipe.text_samples * recipe.seqlen * hidden * source.dtype.itemsize
     stored = states <= STORED_STATES * budget
     compiled = recipe.compile == "on" or (recipe.compile == "auto" and source.device.type == "cuda")
+    passes = [n for n in range(1, share + 1) if share % n == 0]
     least = None
-    for recompute in (False, True):
-        for passes in [n for n in range(1, share + 1) if share % n == 0]:
-            batch = per_step, processes, share // passes
-            plan = TrainingPlan(*batch, recompute, recipe.optimizer_bits, stored, compiled, 0)
-            needed = _memory(source, recipe, plan, states)
-            least = min(needed, least or needed)
-            if needed <= budget:
-                return dataclasses.replace(plan, memory_bytes=needed)
+    for bits, recompute, count in itertools.product(_optimizer_bits(recipe), (False, True), passes):
+        plan = TrainingPlan(per_step, processes, share // count, recompute, bits, stored, compiled, 0)
+        needed = _memory(source, recipe, plan, states)
+        least = min(needed, least or needed)
+        if needed <= budget:
+            return dataclasses.replace(plan, memory_bytes=needed)
     raise UserError(
         f"end-to-end training needs {least / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be taken: "
-        + ("use --optimizer-bits 8, " if recipe.train_codes and recipe.optimizer_bits != 8 else "")
+        + ("use --optimizer-bits 8, " if recipe.train_codes and recipe.optimizer_bits == 32 else "")
+        + ("install torchao for moments in 8 bits, " if recipe.train_codes and not has_torchao() else "")
         + ("use --no-train-codes, " if recipe.train_codes else "")
         + "lower --seqlen, or raise --memory-budget"
     )
+
+
+def _optimizer_bits(recipe: Recipe) -> tuple[int, ...]:
+    """Bits of the moments of codes that a run may take, the better first.
+
+    Raises:
+        UserError: if torchao is asked for and not installed.
+    """
+    if recipe.optimizer_bits == 8 and recipe.train_codes and not has_torchao():
+        raise UserError("--optimizer-bits 8 needs torchao; install it with pip")
+    if recipe.optimizer_bits is not None:
+        return (recipe.optimizer_bits,)
+    return (32, 8) if recipe.train_codes and has_torchao() else (32,)
 
 
 def _features_per_token(block: Block, source: SourceModel) -> float:

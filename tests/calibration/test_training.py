@@ -11,6 +11,7 @@ from bq_calibration import quantize_blocks as quantize_blocks_module
 from bq_calibration import sampling as sampling_module
 from bq_calibration import schedule as schedule_module
 from bq_calibration import train as train_module
+from bq_calibration import training_plan as training_plan_module
 from bq_calibration.checkpoint import read_config, verify
 from bq_calibration.data import calibration_tokens
 from bq_calibration.end_to_end import TrainingText, held_out
@@ -25,7 +26,7 @@ from bq_calibration.sampling import sample_at
 from bq_calibration.store import TensorStore
 from bq_calibration.student import Student
 from bq_calibration.teacher import ResidentTeacher, StoredTeacher, teacher_states
-from bq_calibration.training_plan import training_plan
+from bq_calibration.training_plan import TrainingPlan, training_plan
 from bq_kernels.packing import pack, unpack
 from bq_kernels.reference import levels
 from rich.progress import Progress
@@ -185,7 +186,7 @@ def test_student_is_what_the_checkpoint_says(model, text, tmp_path):
 @pytest.mark.slow
 def test_a_smaller_budget_of_memory_gives_the_same_training(model, text, tmp_path):
     """Less memory: more passes per step, then activations twice, at last a refusal; losses stay what they are."""
-    settings = {"train_tokens": 6 * 128, "tokens_per_step": 128, "train_codes": True}
+    settings = {"train_tokens": 6 * 128, "tokens_per_step": 128, "train_codes": True, "optimizer_bits": 32}
     recipe = make_recipe("fast", SMALL | settings)
     source, plans, budget = SourceModel(str(model), CPU), [], 10**10
     with pytest.raises(UserError, match=r"end-to-end training needs 0.* GB.*use --optimizer-bits 8, use --no-train"):
@@ -203,6 +204,30 @@ def test_a_smaller_budget_of_memory_gives_the_same_training(model, text, tmp_pat
         assert stage["plan"] == plan.to_dict()
         losses.append(stage["losses"])
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_moments_take_8_bits_where_32_do_not_fit(model, monkeypatch):
+    """Unless 32 are asked for, or torchao is missing."""
+    monkeypatch.setattr(training_plan_module, "has_torchao", lambda: True)
+    codes = {"train_tokens": 128, "tokens_per_step": 128, "train_codes": True}
+    source = SourceModel(str(model), CPU)
+
+    def planned(budget: int, **settings) -> TrainingPlan:
+        return training_plan(source, make_recipe("fast", SMALL | codes | settings), budget)
+
+    enough = planned(10**10)
+    assert enough.optimizer_bits == 32
+    least, budget = enough, enough.memory_bytes
+    while least.optimizer_bits == 32:
+        budget, least = least.memory_bytes - 1, planned(least.memory_bytes - 1)
+    assert least.optimizer_bits == 8 and least.memory_bytes <= budget
+    with pytest.raises(UserError, match="use --optimizer-bits 8"):
+        planned(budget, optimizer_bits=32)
+    monkeypatch.setattr(training_plan_module, "has_torchao", lambda: False)
+    with pytest.raises(UserError, match="install torchao for moments in 8 bits"):
+        planned(budget)
+    with pytest.raises(UserError, match="--optimizer-bits 8 needs torchao"):
+        planned(10**10, optimizer_bits=8)
 
 
 @pytest.mark.slow
