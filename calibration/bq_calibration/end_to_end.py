@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,13 @@ from .train import Curve, Training
 from .training_plan import TrainingPlan, training_plan
 from .workspace import STABLE, Workspace
 
+logger = logging.getLogger(__name__)
 # peak Adam learning rates by kind of parameter, as shares of the recipe's; codes have one of their own
 RATES = {"scales": 1.0, "zeros": 1.0, "tables": 0.1, "angles": 0.4, "norms": 0.1}
 CURVE = "training.jsonl"  # a line per step
 MEASUREMENTS = 10  # of the divergence on held-out text, spread over a training
+RISE = 1.03  # of that divergence over its lowest value so far: rates at their peak make it vary by 1 %
+TOO_FAST = "lower --train-lr or --code-lr, or raise --tokens-per-step"
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,10 @@ def train_end_to_end(
     )
     if parallel.is_first():
         shutil.rmtree(saved[0], ignore_errors=True)
+    before, after = (stage.get("held_out_divergence", 0.0) for stage in (stages[0], report))
+    if after > before:
+        facts = before, after, TOO_FAST
+        logger.warning("end-to-end training has made the model worse: held-out KL %.3g before, %.3g now; %s", *facts)
     return TensorStore(workspace.path / "train"), [*stages, {"stage": "train"} | report]
 
 
@@ -138,6 +146,17 @@ def held_out(student: Student, text: TrainingText, teacher: StoredTeacher | Resi
         if len(rows):
             total += divergence(student, states[: len(rows)], teacher.states(rows))
     return parallel.total(total).item() / (text.held_out * text.tokens.shape[1])
+
+
+def _measured(
+    student: Student, text: TrainingText, teacher: StoredTeacher | ResidentTeacher, plan: TrainingPlan, curve: Curve
+) -> float:
+    """The divergence on held-out text; a warning where it has been lower."""
+    found = held_out(student, text, teacher, plan.micro_batch)
+    lowest = min((before for _, before in curve.held_out), default=found)
+    if found > RISE * lowest:
+        logger.warning("held-out KL has risen from %.3g to %.3g; if it stays: %s", lowest, found, TOO_FAST)
+    return found
 
 
 def _make_student(
@@ -216,7 +235,7 @@ def train_model(
         saved=saved[0],
         stable=saved[1] if recipe.schedule == "wsd" else None,
         curve=curve,
-        measure=(lambda: held_out(student, text, teacher, plan.micro_batch)) if text.held_out else None,
+        measure=(lambda: _measured(student, text, teacher, plan, curve)) if text.held_out else None,
         measure_at=frozenset(round(steps * (i + 1) / MEASUREMENTS) for i in range(MEASUREMENTS)),
     )
     training.run(progress)

@@ -206,6 +206,19 @@ def test_a_smaller_budget_of_memory_gives_the_same_training(model, text, tmp_pat
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+def test_training_that_makes_a_model_worse_says_so(text, tmp_path, caplog):
+    source = with_scaled_head(make_model(tmp_path / "model", "qwen2"), 30)
+    settings = {"train_tokens": 20 * 64, "tokens_per_step": 64, "train_codes": True, "train_lr": 0.5, "code_lr": 1.0}
+    stages = report_of(run(source, tmp_path / "out", text, **settings))["stages"]
+    before, after = (stage["held_out_divergence"] for stage in stages)
+    assert after > before
+    assert f"made the model worse: held-out KL {before:.3g} before, {after:.3g} now; lower --train-lr" in caplog.text
+    assert "held-out KL has risen from" in caplog.text
+    caplog.clear()
+    run(source, tmp_path / "gentle", text, **settings | {"train_lr": 1e-4, "code_lr": 1e-4})
+    assert "made the model worse" not in caplog.text and "risen" not in caplog.text
+
+
 def test_moments_take_8_bits_where_32_do_not_fit(model, monkeypatch):
     """Unless 32 are asked for, or torchao is missing."""
     monkeypatch.setattr(training_plan_module, "has_torchao", lambda: True)
