@@ -262,7 +262,7 @@ def test_text_of_two_processes(runs):
 @pytest.mark.slow
 def test_passes_and_recomputation_of_two_processes(runs, model, monkeypatch):
     """Gradients of several passes are added up in their shards; recomputed layers gather their codes again."""
-    settings = CODES | dict(tokens_per_step=256, train_tokens=6 * 256)
+    settings = CODES | dict(tokens_per_step=256, train_tokens=6 * 256, optimizer_bits=32)
     runs.add("begun", 1, interrupted=0, **settings)
     recipe = make_recipe("fast", {key: value for key, value in (SMALL | settings).items() if key not in RUN})
     source, budget, plans = SourceModel(str(model), torch.device("cpu"), "float32"), 10**10, []
