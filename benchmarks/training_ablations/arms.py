@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-FROZEN = {"train_codes": False}
+from bq_calibration.quantized_linear import INIT_MARGIN
+
+FROZEN, MOVING = {"train_codes": False}, {"train_codes": True}
 BLOCKS = {"block_tokens": 61_440}  # each trained on so many first
 TOGETHER = BLOCKS | FROZEN | {"tokens_per_step": 512, "schedule": "wsd"}
 
@@ -21,6 +23,7 @@ class Arm:
         gradient: one of `variants.GRADIENTS`.
         freeze: share of the steps after which codes stay.
         average: decay per step of the average of all parameters that is kept in the end; 0 keeps the last.
+        margin: how far from its code a latent code may start, in steps of the quantizer.
         embedding: whether the embedding is trained too.
         seeds: further seeds, beside 0.
     """
@@ -31,6 +34,7 @@ class Arm:
     gradient: str = "straight-through"
     freeze: float = 1.0
     average: float = 0.0
+    margin: float = INIT_MARGIN
     embedding: bool = False
     seeds: tuple[int, ...] = ()
 
@@ -85,6 +89,7 @@ ARMS: dict[str, dict[str, Arm]] = {
         "512 tokens per step, wsd": Arm(TOGETHER),
         "512 tokens per step": Arm(TOGETHER | {"schedule": "cosine"}),
         "512 tokens per step, wsd, scales 0.01": Arm(TOGETHER, rates={"scales": 1e-2}),
-        "512 tokens per step, wsd, codes move": Arm(TOGETHER | {"train_codes": True}),
+        "512 tokens per step, wsd, codes move": Arm(TOGETHER | MOVING),
+        "512 tokens per step, wsd, codes move, start within 0.25": Arm(TOGETHER | MOVING, margin=0.25),
     },
 }

@@ -171,6 +171,7 @@ def in_place(arm: Arm, steps: int, kept: Vocabulary) -> Iterator[list[RecordingS
         patches.enter_context(patch.object(end_to_end, "Student", ArmStudent))
         patches.enter_context(patch.object(end_to_end, "MEASUREMENTS", 1))  # at the end
         patches.enter_context(patch.object(end_to_end, "Optimizer", ArmOptimizer))
+        patches.enter_context(patch.object(quantized_linear, "INIT_MARGIN", arm.margin))
         if arm.loss != "kl":
             patches.enter_context(patch.object(end_to_end, "divergence", divergence_of(arm.loss)))
         if (gradient := GRADIENTS[arm.gradient]) is not None:
