@@ -24,7 +24,7 @@ from .rotation import MOST_ROWS
 from .training_plan import PROCESS, training_plan
 
 MOST_STATES = 2**34  # bytes of the teacher's states on disk: larger ones are rarely within a budget of memory
-PACE = 1.5  # time over operations at the rate of products, measured on whole layers (docs/experiment-log.md)
+PACE = 1.5  # time over operations at the rate of products: of the widest input timed (docs/experiment-log.md)
 _CHUNK = 2**24  # bytes that are hashed at a time
 
 

@@ -164,6 +164,7 @@ class Recipe:
         None,
         DATA,
         "Evaluation texts to keep out of --mix: A,B, or none; wikitext2 and c4 if it takes text from the Hub.",
+        unset="by --mix",
     )
     samples: int = _setting(128, DATA, "Sequences for rounding.", least=1)
     train_samples: int = _setting(128, DATA, "Sequences for training, those for rounding among them.", least=1)
