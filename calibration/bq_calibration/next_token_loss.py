@@ -24,11 +24,12 @@ def divergence(student: Student, output: torch.Tensor, target: torch.Tensor) -> 
         output: states of the quantized model, [..., hidden].
         target: those of the 16-bit model.
     """
-    head, inputs = student.head, output.to(student.source.training_dtype).flatten(0, -2)
-    plain, trained = None, (None, None)
+    head, dtype = student.head, student.source.training_dtype
     if isinstance(head, QuantizedLinear):
-        plain = None if head.kept_tokens is None else inputs
         inputs, trained = head.rotation(output).flatten(0, -2), head.rounded()
+        plain = None if head.kept_tokens is None else output.to(dtype).flatten(0, -2)
+    else:
+        inputs, plain, trained = output.to(dtype).flatten(0, -2), None, (None, None)
     return _Divergence.apply(inputs, plain, *trained, head, student.original_head, target.flatten(0, -2))
 
 
