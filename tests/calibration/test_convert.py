@@ -15,7 +15,7 @@ from bq_calibration.packed_modules import ButterflyLinear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..vllm.engine import run_engines
+from ..vllm.engine import ONE_PROCESS, run_engines
 from . import foreign
 
 IDS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -466,5 +466,5 @@ def test_vllm(tmp_path, model):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
         settings = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
         expected.append([loaded.generate(torch.tensor([p]), **settings)[0, 8:].tolist() for p in prompts])
-    answers, _ = run_engines(tmp_path, jobs)
+    answers, _ = run_engines(tmp_path, jobs, **ONE_PROCESS)
     assert [[answer["tokens"] for answer in job["base"]] for job in answers] == expected

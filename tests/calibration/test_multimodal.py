@@ -22,7 +22,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText
 
-from ..vllm.engine import run_engines
+from ..vllm.engine import ONE_PROCESS, run_engines
 from ..vllm.test_engine import assert_same
 from .conftest import MULTIMODAL_CONFIGS, make_model
 from .test_calibrate import run
@@ -260,8 +260,7 @@ def test_vllm_answers_text_and_pictures(architecture, checkpoint, dense, tmp_pat
     options = {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"image": 1, "video": 0}}
     options["max_num_batched_tokens"] = 512
     jobs = [{"model": str(folder), "prompts": prompts, "options": options} for folder in (checkpoint, dense)]
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
-    (found, expected), printed = run_engines(tmp_path, jobs, **variables)
+    (found, expected), printed = run_engines(tmp_path, jobs, **ONE_PROCESS)
     assert_same(found["base"], expected["base"], atol=1e-3)
     assert "Resolved architecture: " + class_name(checkpoint) in printed
     one, other = found["base"][2:]

@@ -11,7 +11,7 @@ from bq_calibration.errors import UserError
 
 from ..calibration.conftest import MULTIMODAL_CONFIGS
 from ..vllm import tiny
-from ..vllm.engine import run_engines
+from ..vllm.engine import ONE_PROCESS, run_engines
 from .answers import ALONE, BLOCK, PROMPTS, TOKENS, compare, error_bound, generate, load
 from .checkpoints import (
     architecture_of,
@@ -128,8 +128,7 @@ def engine_job(checkpoint: Path, case: Case, backend: str) -> dict:
 
 
 def _answers(folder: Path, jobs: list[dict]) -> tuple[list[dict], str]:
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "1"}
-    return run_engines(folder, jobs, TIMEOUT, **variables)
+    return run_engines(folder, jobs, TIMEOUT, TRITON_INTERPRET="1", **ONE_PROCESS)
 
 
 def run_cases(cases: list[Case], folder: Path) -> list[dict]:

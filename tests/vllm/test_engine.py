@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 
-from .engine import PROMPTS, TOKENS, environment, run_engines
+from .engine import ONE_PROCESS, PROMPTS, TOKENS, environment, run_engines
 
 pytestmark = [
     pytest.mark.slow,
@@ -132,7 +132,7 @@ def answers(tmp_path_factory, base, other, adapter, variants) -> dict[str, dict]
     } | {name: {"model": str(path), "prompt_logprobs": 0} for name, path in variants.items()}
     jobs["tied, packed"] |= {"reload": [str(variants["tied, packed"])]}
     # without dynamo, vLLM does not compile its sampler either
-    found, _ = run_engines(folder, [*jobs.values()], VLLM_ENABLE_V1_MULTIPROCESSING="0", TORCHDYNAMO_DISABLE="1")
+    found, _ = run_engines(folder, [*jobs.values()], **ONE_PROCESS)
     return dict(zip(jobs, found, strict=True))
 
 

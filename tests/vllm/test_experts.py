@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from bq_vllm.experts import PackedExpertsMethod, layer_names
 
-from .engine import PROMPTS, run_engines
+from .engine import ONE_PROCESS, PROMPTS, run_engines
 from .test_engine import assert_same, expected
 
 MODULE = "model.layers.0.mlp.experts"
@@ -130,7 +130,6 @@ def test_a_shard_that_would_cut_a_block():
         Layer(tiny.quant_config(skip=("lm_head", "mlp.gate")), 0, 4)
 
 
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
 MISSING = f"{MODULE}.4.up_proj.qweight"
 
 
