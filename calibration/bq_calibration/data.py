@@ -19,6 +19,9 @@ from .model import SourceModel
 from .recipes import Recipe
 from .self_text import sample_text
 
+logger = logging.getLogger(__name__)
+UNKNOWN = "<unk>"  # in some releases of a text, WikiText's `.tokens` files for one, it stands for every rare word
+
 
 def dataset_name(datasets: str) -> str:
     """Data sets as reports name them: of files, the last folder and the name, never a whole path."""
@@ -133,7 +136,17 @@ def load_documents(dataset: str, split: str) -> list[str]:
     documents = [document for document in documents if document and document.strip()]
     if not documents:
         raise UserError(f"{dataset}: the file is empty; calibration and evaluation need text")
+    if split == "train":
+        _warn_of_unknown_words(dataset, documents)
     return documents
+
+
+def _warn_of_unknown_words(dataset: str, documents: list[str]) -> None:
+    unknown = sum(document.count(UNKNOWN) for document in documents)
+    words = sum(document.count(" ") for document in documents)
+    if 1000 * unknown > words:
+        hint = "calibrate on a text that has them: wikitext2 from the Hub, or the raw file"
+        logger.warning("%s: %s stands for %s rare words; %s", dataset, UNKNOWN, f"{unknown:,}", hint)
 
 
 def prefix_of(tokenizer) -> list[int]:

@@ -178,6 +178,22 @@ def test_a_text_file_needs_no_package_for_datasets(tmp_path, monkeypatch):
         load_documents(str(rows), "test")
 
 
+@pytest.mark.parametrize("suffix", ["tokens", "jsonl"])
+def test_text_without_its_rare_words(suffix, tmp_path, caplog):
+    from bq_calibration.data import load_documents
+
+    file, text = tmp_path / f"text.{suffix}", " ".join(["a <unk> of the words ,"] + ["word"] * 500)
+    file.write_text(text if suffix == "tokens" else json.dumps({"text": text}) + "\n")
+    load_documents(str(file), "test")
+    assert not caplog.text  # an evaluation text is as it is
+    load_documents(str(file), "train")
+    assert f"text.{suffix}: <unk> stands for 1 rare words; calibrate on a text that has them" in caplog.text
+    caplog.clear()
+    file.write_text(file.read_text().replace("<unk>", "share"))
+    load_documents(str(file), "train")
+    assert not caplog.text
+
+
 def test_functions_stay_functions():
     """No module of the package has the name of a function, which it would hide once it is imported."""
     modules = {path.stem for path in Path(bq_calibration.__file__).parent.iterdir()}

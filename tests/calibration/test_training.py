@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .conftest import CONFIGS, make_model
 
 CPU = torch.device("cpu")
-SCALES = dict(train_tokens=25 * 2048)
+SCALES = dict(train_tokens=25 * 256, tokens_per_step=256)  # a step takes all eight samples of SMALL
 CODES = SCALES | dict(train_codes=True)
 SMALL = dict(group_size=32, rotation_block=32, samples=8, train_samples=8, held_out=2, seqlen=32, steps=3)
 
