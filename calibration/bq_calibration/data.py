@@ -136,12 +136,11 @@ def load_documents(dataset: str, split: str) -> list[str]:
     documents = [document for document in documents if document and document.strip()]
     if not documents:
         raise UserError(f"{dataset}: the file is empty; calibration and evaluation need text")
-    if split == "train":
-        _warn_of_unknown_words(dataset, documents)
     return documents
 
 
-def _warn_of_unknown_words(dataset: str, documents: list[str]) -> None:
+def warn_of_unknown_words(dataset: str, documents: list[str]) -> None:
+    """Say that a text for calibration has UNKNOWN in place of more than a thousandth of its words."""
     unknown = sum(document.count(UNKNOWN) for document in documents)
     words = sum(document.count(" ") for document in documents)
     if 1000 * unknown > words:
@@ -191,6 +190,7 @@ def calibration_tokens(tokenizer, datasets: str, samples: int, seqlen: int, seed
 def _windows(tokenizer, dataset: str, samples: int, seqlen: int, seed: int) -> list[list[int]]:
     """At most `samples` windows of a data set, from shuffled documents joined end to end."""
     documents = load_documents(dataset, "train")
+    warn_of_unknown_words(dataset, documents)
     shuffler = random.Random(seed)
     if len(documents) == 1:  # one long text: windows from all over it
         windows = cut_windows(tokenizer, documents[0], seqlen)

@@ -57,7 +57,7 @@ class MixedText:
 
 
 def check_training_text(recipe: Recipe) -> None:
-    """Refuse a mix that cannot be read, before the long work in front of it.
+    """Refuse a mix that cannot be read, before the long work in front of it; say where rare words are missing.
 
     Raises:
         UserError: naming the part of `--mix` or `--decontaminate`, or if nothing would be trained on it.
@@ -69,8 +69,8 @@ def check_training_text(recipe: Recipe) -> None:
     if not recipe.train_tokens:
         raise UserError("--mix is the text of end-to-end training; give --train-tokens")
     for part in parse_mix(recipe.mix):
-        if part.name != SELF:
-            open_text(part.name)
+        if part.name != SELF and isinstance(text := open_text(part.name), str):
+            data.warn_of_unknown_words(part.name, [text])
     if recipe.decontaminate not in (None, NO_FILTER):
         for name in recipe.decontaminate.split(","):
             data.load_documents(name, "test")

@@ -19,8 +19,9 @@ from bq_calibration.compute import dtype_name
 from bq_calibration.errors import UserError
 from bq_calibration.inspection import describe, print_description
 from bq_calibration.model import SourceModel
-from bq_calibration.recipes import RECIPES, Recipe, flag
+from bq_calibration.recipes import RECIPES, Recipe, flag, make_recipe
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from . import foreign
 from .conftest import make_model
@@ -179,18 +180,25 @@ def test_a_text_file_needs_no_package_for_datasets(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", ["tokens", "jsonl"])
-def test_text_without_its_rare_words(suffix, tmp_path, caplog):
-    from bq_calibration.data import load_documents
+def test_text_without_its_rare_words(suffix, tmp_path, model, caplog):
+    from bq_calibration.data import calibration_tokens, load_documents
+    from bq_calibration.training_text import check_training_text
 
+    tokenizer = AutoTokenizer.from_pretrained(model)
     file, text = tmp_path / f"text.{suffix}", " ".join(["a <unk> of the words ,"] + ["word"] * 500)
     file.write_text(text if suffix == "tokens" else json.dumps({"text": text}) + "\n")
     load_documents(str(file), "test")
     assert not caplog.text  # an evaluation text is as it is
-    load_documents(str(file), "train")
-    assert f"text.{suffix}: <unk> stands for 1 rare words; calibrate on a text that has them" in caplog.text
+    warning = f"text.{suffix}: <unk> stands for 1 rare words; calibrate on a text that has them"
+    calibration_tokens(tokenizer, str(file), 1, 32, 0)
+    assert warning in caplog.text
+    caplog.clear()
+    check_training_text(make_recipe("fast", {"mix": str(file), "train_tokens": 32}))
+    assert warning in caplog.text
     caplog.clear()
     file.write_text(file.read_text().replace("<unk>", "share"))
-    load_documents(str(file), "train")
+    calibration_tokens(tokenizer, str(file), 1, 32, 0)
+    check_training_text(make_recipe("fast", {"mix": str(file), "train_tokens": 32}))
     assert not caplog.text
 
 

@@ -15,7 +15,8 @@ import sys
 import traceback
 from pathlib import Path
 
-# an engine starts in seconds where it has no process of its own, which imports vLLM again, and nothing is compiled
+# an engine starts in seconds where it has no process of its own, which imports vLLM again, and without dynamo vLLM
+# does not compile its sampler either
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
 TOKENS = 6
 PROMPTS = [[5, 9, 100, 33], [7, 8, 9] * 5, [400], list(range(50, 90))]

@@ -131,7 +131,6 @@ def answers(tmp_path_factory, base, other, adapter, variants) -> dict[str, dict]
         "no config": {"model": str(unquantized), "options": {"quantization": "butterfly"}, "fails": True},
     } | {name: {"model": str(path), "prompt_logprobs": 0} for name, path in variants.items()}
     jobs["tied, packed"] |= {"reload": [str(variants["tied, packed"])]}
-    # without dynamo, vLLM does not compile its sampler either
     found, _ = run_engines(folder, [*jobs.values()], **ONE_PROCESS)
     return dict(zip(jobs, found, strict=True))
 
