@@ -27,7 +27,7 @@ from .sampling import batch_of
 from .schedule import Schedule
 from .store import TensorStore
 from .student import Student
-from .teacher import ResidentTeacher, StoredTeacher, teacher_states
+from .teacher import ResidentTeacher, StoredTeacher, normed, teacher_states
 from .train import Curve, Training
 from .training_plan import TrainingPlan, training_plan
 from .workspace import STABLE, Workspace
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 # peak Adam learning rates by kind of parameter, as shares of the recipe's; codes have one of their own
 RATES = {"scales": 1.0, "zeros": 1.0, "tables": 0.1, "angles": 0.4, "norms": 0.1}
 CURVE = "training.jsonl"  # a line per step
+TEACHER = "teacher"  # states of the 16-bit model
 MEASUREMENTS = 10  # of the divergence on held-out text, spread over a training
 RISE = 1.03  # of that divergence over its lowest value so far: rates at their peak make it vary by 1 %
 TOO_FAST = "lower --train-lr or --code-lr, or raise --tokens-per-step"
@@ -47,7 +48,8 @@ class TrainingText:
 
     Attributes:
         tokens: int [samples, seqlen].
-        held_out: as many of the first samples, which are not trained on.
+        held_out: as many samples are not trained on: the first where samples come as they stand, so that a longer text
+            has the same; else the last.
         shuffled: whether samples come in a new order in every epoch; else as they stand.
     """
 
@@ -59,8 +61,28 @@ class TrainingText:
         """Numbers of the samples of one step, int64 [size]."""
         count = len(self.tokens) - self.held_out
         if self.shuffled:
-            return batch_of(step, size, count, seed) + self.held_out
+            return batch_of(step, size, count, seed)
         return torch.arange(step * size, (step + 1) * size) % count + self.held_out
+
+    def held_out_samples(self) -> torch.Tensor:
+        """Numbers of the samples that are not trained on, int64 [held_out]."""
+        return torch.arange(self.held_out) + (len(self.tokens) - self.held_out if self.shuffled else 0)
+
+
+def keep_states(
+    source: SourceModel, recipe: Recipe, hidden: torch.Tensor, workspace: Workspace, memory_budget: int
+) -> None:
+    """Keep the 16-bit model's states for `train_end_to_end`, which computes them otherwise.
+
+    Args:
+        source: the 16-bit model.
+        recipe: settings of the run.
+        hidden: states behind the last layer, of all samples of the text, [samples, seqlen, hidden]; used up.
+        workspace: keeps them.
+        memory_budget: bytes that training may take.
+    """
+    if training_plan(source, recipe, memory_budget).stores_teacher:
+        workspace.tensors(TEACHER, lambda: {"states": normed(source, hidden)})
 
 
 def train_end_to_end(
@@ -104,7 +126,7 @@ def train_end_to_end(
         )
     )
     if plan.stores_teacher:
-        kept = workspace.tensors("teacher", lambda: {"states": teacher_states(source, text.tokens, progress)})
+        kept = workspace.tensors(TEACHER, lambda: {"states": teacher_states(source, text.tokens, progress)})
         teacher = StoredTeacher(kept["states"], source.device)
     else:
         teacher = ResidentTeacher(source, text.tokens)
@@ -139,7 +161,7 @@ def held_out(student: Student, text: TrainingText, teacher: StoredTeacher | Resi
             that no process waits for one that has none left.
     """
     total = torch.zeros((), device=student.source.device)
-    for numbers in torch.arange(text.held_out).split(batch * parallel.size()):
+    for numbers in text.held_out_samples().split(batch * parallel.size()):
         rows = numbers[parallel.rank() :: parallel.size()]
         filled = torch.cat((rows, numbers[:1].expand(batch - len(rows))))
         states = student.states(text.tokens[filled].to(student.source.device, torch.int64))

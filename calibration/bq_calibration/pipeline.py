@@ -15,7 +15,7 @@ from rich.progress import Progress
 from . import parallel, preflight
 from .architecture import UNPACKED_IN_VLLM, other_matrices
 from .data import gather_tokens
-from .end_to_end import CURVE, TrainingText, train_end_to_end
+from .end_to_end import CURVE, TrainingText, keep_states, train_end_to_end
 from .errors import UserError, explain_write
 from .export import export, write_checksums
 from .files import warn_of_large_files
@@ -165,12 +165,21 @@ class Calibration:
         if recipe.target_bpw is not None:
             bits = work.json("module_bits", lambda: mixed_bits(source, self.config, recipe, tokens, progress))
             self.config = dataclasses.replace(self.config, module_bits=self.config.module_bits | bits)
-        blocks = quantize_blocks(source, self.config, recipe, tokens, work, progress)
+        blocks = quantize_blocks(source, self.config, recipe, tokens, work, progress, self._keep_states)
         folder = work.path / BLOCKS
         packed, embeddings = quantize_embeddings(source, self.config, recipe, tokens, folder, work, progress)
         packed, stages = self._train(tokens, packed, progress)
         used = tokens.numel() - recipe.held_out * tokens.shape[1] * recipe.trains
         return parallel.from_first(lambda: self._finish(packed, used, blocks, stages, embeddings))
+
+    def _keep_states(self, hidden: torch.Tensor) -> None:
+        """Spare end-to-end training on the windows of the blocks their way through the 16-bit model.
+
+        Args:
+            hidden: states behind its last layer, used up.
+        """
+        if self.recipe.train_tokens and self.recipe.mix is None and parallel.size() == 1:
+            keep_states(self.source, self.recipe, hidden, self.workspace, self.memory_budget)
 
     def _finish(self, packed: TensorStore, used: int, *parts: list[dict[str, Any]]) -> dict[str, Any]:
         """Write the checkpoint and its report of several parts, and move it to its place."""
@@ -200,8 +209,7 @@ class Calibration:
             mixed = training_rows(self.source, recipe, recipe.text_samples, self.workspace, progress)
             text = TrainingText(mixed.tokens, recipe.held_out, shuffled=False)
         else:
-            count = len(windows) - recipe.held_out
-            text = TrainingText(torch.cat((windows[count:], windows[:count])), recipe.held_out, shuffled=True)
+            text = TrainingText(windows, recipe.held_out, shuffled=True)
         arguments = (self.source, self.config, recipe, text, self.workspace, packed, self.memory_budget, progress)
         tensors, stages = train_end_to_end(*arguments)
         if mixed is not None:

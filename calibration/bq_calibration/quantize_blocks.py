@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def quantize_blocks(
     tokens: torch.Tensor,
     workspace: Workspace,
     progress: Progress,
+    keep_outputs: Callable[[torch.Tensor], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Quantize every layer for the inputs that the quantized ones before it give.
 
@@ -42,6 +44,7 @@ def quantize_blocks(
         tokens: int64 [samples, seqlen].
         workspace: keeps every layer under BLOCKS.
         progress: shows a bar.
+        keep_outputs: gets the targets behind the last layer, this process's [samples, seqlen, hidden], to use up.
 
     Returns:
         a report per layer.
@@ -80,6 +83,8 @@ def quantize_blocks(
         _log(index, source.num_blocks, report, seconds)
         progress.advance(task)
     progress.remove_task(task)
+    if targets is not None and keep_outputs is not None:
+        keep_outputs(targets)
     return reports
 
 

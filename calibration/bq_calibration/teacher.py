@@ -11,16 +11,29 @@ from .skeleton import empty_model
 
 @torch.no_grad()
 def teacher_states(source: SourceModel, tokens: torch.Tensor, progress: Progress) -> torch.Tensor:
-    """States of all samples at once, [samples, seqlen, hidden], with one decoder layer in memory at a time."""
+    """States of all samples at once, [samples, seqlen, hidden], with one decoder layer in memory at a time.
+
+    Args:
+        source: the 16-bit model.
+        tokens: int [samples, seqlen].
+        progress: shows a bar.
+    """
     hidden = source.embed(tokens)
     task = progress.add_task("16-bit model", total=source.num_blocks)
     for index in range(source.num_blocks):
         with source.block(index) as block:
             block.run(hidden, out=hidden)
         progress.advance(task)
-    with source.final_norm() as norm:
-        hidden = norm(hidden)
     progress.remove_task(task)
+    return normed(source, hidden)
+
+
+@torch.no_grad()
+def normed(source: SourceModel, hidden: torch.Tensor) -> torch.Tensor:
+    """States in front of the LM head, in the place of those behind the last layer, [samples, seqlen, hidden]."""
+    with source.final_norm() as norm:
+        for sample in hidden:  # one at a time: a norm computes in float32, with several temporaries
+            sample.copy_(norm(sample))
     return hidden
 
 

@@ -7,6 +7,9 @@ import bq_calibration.hf  # noqa: F401 teaches transformers the format
 import pytest
 import torch
 import torch.nn.functional as F
+from bq_calibration import block as block_module
+from bq_calibration import end_to_end as end_to_end_module
+from bq_calibration import pipeline as pipeline_module
 from bq_calibration import quantize_blocks as quantize_blocks_module
 from bq_calibration import sampling as sampling_module
 from bq_calibration import schedule as schedule_module
@@ -392,6 +395,29 @@ def test_resumed_reconstruction_gives_the_same_bytes(settings, model, text, tmp_
             run(model, tmp_path / "out", text, **settings)
     resumed = run(model, tmp_path / "out", text, resume=True, **settings)
     assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+
+
+def test_blocks_leave_the_states_of_the_16_bit_model_to_training(model, text, tmp_path, monkeypatch):
+    """Training takes them over; where a run stopped before they were kept, it computes the same ones."""
+    monkeypatch.setattr(block_module, "TOKENS_PER_BATCH", 3 * SMALL["seqlen"])
+    settings = SCALES | dict(block_tokens=1536, train_tokens=4 * 256)
+
+    def unused(*_):
+        raise AssertionError("the states were there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(end_to_end_module, "teacher_states", unused)
+        whole = run(model, tmp_path / "whole", text, **settings)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline_module, "keep_states", interrupted)
+        run(model, tmp_path / "out", text, **settings)
+    resumed = run(model, tmp_path / "out", text, resume=True, **settings)
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    assert report_of(whole)["stages"] == report_of(resumed)["stages"]
 
 
 def test_every_sample_once_an_epoch():
