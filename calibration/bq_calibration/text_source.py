@@ -25,7 +25,7 @@ from .sampling import derive_seed
 _BATCH = 256  # documents that are tokenised together
 _PIECE = 2**18  # characters of a long text that are tokenised together
 _SHUFFLED = 10_000  # documents of a stream that are in memory and shuffled
-_EXCERPTED = 1000  # documents of a stream from which excerpts are taken
+_FIRST = 1000  # documents that stand for all of a stream
 _EXCERPT = 600  # characters, of 64 tokens more often than not
 
 
@@ -92,6 +92,22 @@ def open_text(name: str) -> Any:
         if not isinstance(first.get("text"), str):
             raise UserError(f"{name}: no column 'text' of strings; it has {list(first)}")
         return rows
+
+
+def first_documents(name: str) -> list[str]:
+    """The text of a data set for training, or the first documents of many.
+
+    Args:
+        name: as for `open_text`.
+
+    Raises:
+        UserError: if it cannot be read or has no text.
+    """
+    opened = open_text(name)
+    if isinstance(opened, str):
+        return [opened]
+    with data.reading(name):
+        return [row["text"] or "" for row in islice(opened, _FIRST)]
 
 
 def open_source(name: str, tokenizer, evaluation: NgramFilter, window: int, seed: int) -> TextSource:
@@ -210,5 +226,5 @@ class _Stream(_Documents):
     def excerpt(self, chooser: random.Random) -> str:
         if not self._excerpted:
             with data.reading(self._name):
-                self._excerpted = [row["text"] or "" for row in self._rows.take(_EXCERPTED)]
+                self._excerpted = [row["text"] or "" for row in self._rows.take(_FIRST)]
         return _excerpt(chooser.choice(self._excerpted), chooser)

@@ -31,7 +31,7 @@ from .packing import Packing
 from .recipes import Recipe
 from .sampling import derive_seed
 from .self_text import TextWriter
-from .text_source import TextSource, Unit, open_source, open_text
+from .text_source import TextSource, Unit, first_documents, open_source
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ def check_training_text(recipe: Recipe) -> None:
     if not recipe.train_tokens:
         raise UserError("--mix is the text of end-to-end training; give --train-tokens")
     for part in parse_mix(recipe.mix):
-        if part.name != SELF and isinstance(text := open_text(part.name), str):
-            data.warn_of_unknown_words(part.name, [text])
+        if part.name != SELF:
+            data.warn_of_unknown_words(part.name, first_documents(part.name))
     if recipe.decontaminate not in (None, NO_FILTER):
         for name in recipe.decontaminate.split(","):
             data.load_documents(name, "test")

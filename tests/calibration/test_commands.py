@@ -179,17 +179,17 @@ def test_a_text_file_needs_no_package_for_datasets(tmp_path, monkeypatch):
         load_documents(str(rows), "test")
 
 
-@pytest.mark.parametrize("suffix", ["tokens", "jsonl"])
-def test_text_without_its_rare_words(suffix, tmp_path, model, caplog):
+@pytest.mark.parametrize(("suffix", "documents"), [("tokens", 1), ("jsonl", 1), ("jsonl", 3)])
+def test_text_without_its_rare_words(suffix, documents, tmp_path, model, caplog):
     from bq_calibration.data import calibration_tokens, load_documents
     from bq_calibration.training_text import check_training_text
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     file, text = tmp_path / f"text.{suffix}", " ".join(["a <unk> of the words ,"] + ["word"] * 500)
-    file.write_text(text if suffix == "tokens" else json.dumps({"text": text}) + "\n")
+    file.write_text(text if suffix == "tokens" else f"{json.dumps({'text': text})}\n" * documents)
     load_documents(str(file), "test")
     assert not caplog.text  # an evaluation text is as it is
-    warning = f"text.{suffix}: <unk> stands for 1 rare words; calibrate on a text that has them"
+    warning = f"text.{suffix}: <unk> stands for {documents} rare words; calibrate on a text that has them"
     calibration_tokens(tokenizer, str(file), 1, 32, 0)
     assert warning in caplog.text
     caplog.clear()

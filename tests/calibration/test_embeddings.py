@@ -1,7 +1,9 @@
 """An embedding and an LM head in few bits: rounding, the checkpoint, loading in transformers."""
 
 import json
+import random
 import shutil
+import string
 from pathlib import Path
 
 import bq_calibration.hf  # noqa: F401
@@ -130,6 +132,20 @@ def test_rows_of_frequent_tokens_are_kept(untied, untied_model, text, tmp_path):
     assert not any("kept" in name for name in load_file(none / "model.safetensors"))
     assert "kept_tokens" not in json.loads((none / "config.json").read_text())["quantization_config"]
     assert_same_logits(none)
+
+
+def test_held_out_text_chooses_no_rows(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(random.choices(string.ascii_letters, k=2000)))
+    settings = dict(rotation="hadamard", rounding="rtn", samples=4, train_samples=4, held_out=4, seqlen=32)
+    out = run(model, tmp_path / "out", text, **TIED, train_tokens=32, tokens_per_step=32, **settings)
+    tokens = calibration_tokens(AutoTokenizer.from_pretrained(model), str(text), 8, 32, 0)
+    read, all_of_it = (
+        torch.bincount(part.flatten(), minlength=320).argsort(descending=True, stable=True)[:20].sort().values
+        for part in (tokens[:4], tokens)
+    )
+    assert not torch.equal(read, all_of_it)
+    assert torch.equal(load_file(out / "model.safetensors")["model.embed_tokens.kept_tokens"].long(), read)
 
 
 @pytest.mark.parametrize("checkpoint", ["tied", "untied"])

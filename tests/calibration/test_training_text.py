@@ -380,6 +380,12 @@ def test_streams_of_the_hub(source, tmp_path, monkeypatch, caplog):
     assert endless.report["parts"][0]["epochs"] > 1
 
 
+def test_a_stream_without_its_rare_words(monkeypatch, caplog):
+    monkeypatch.setattr(data, "_load", loader({"org/texts": ["a word", "an <unk>"]}))
+    check_training_text(recipe("org/texts"))
+    assert "org/texts: <unk> stands for 1 rare words" in caplog.text
+
+
 def test_a_hub_that_is_not_there_is_one_line(monkeypatch):
     monkeypatch.setattr(data, "_load", loader({"org/texts": ["a"], "org/words": ["a"]}))
     for mix in ("c4", "org/other:2", "wikitext2"):
