@@ -285,7 +285,8 @@ def _operations(source: SourceModel, block: Block, recipe: Recipe) -> float:
         passes = 2 * (twice + bool(recipe.correction)) * tokens  # for statistics, and with rounded layers
         passes += tokens * (min(recipe.embedding_bits, recipe.head_bits) < UNPACKED)  # to the LM head
         passes += 2 * recipe.windows * recipe.seqlen * recipe.trains  # of both models
-        passes += 4 * (recipe.block_tokens + recipe.train_tokens)  # forward, backward twice, the 16-bit model's
+        passes += 3 * (recipe.block_tokens + recipe.train_tokens)  # forward, backward twice
+        passes += recipe.train_tokens * (recipe.mix is not None or not recipe.block_tokens)  # the 16-bit model's
         total += 2 * k * n * read * passes
     return total
 

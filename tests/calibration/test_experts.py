@@ -63,13 +63,19 @@ def test_time_counts_the_experts_that_a_token_chooses(architecture, tmp_path):
     folder = make_model(tmp_path / "model", architecture)
     config = Calibration(str(folder), "unused", make_recipe("fast", SMALL), "cpu").config
     source = SourceModel(str(folder), torch.device("cpu"))
-    one, two = (plan(source, config, make_recipe("fast", SMALL | {"train_tokens": n}), 10**10) for n in (64, 128))
+
+    def operations(tokens: int, **settings) -> float:
+        recipe = make_recipe("fast", SMALL | {"train_tokens": tokens} | settings)
+        return plan(source, config, recipe, 10**10).operations
+
     unchosen = [f".experts.{number}." for number in range(2, 6)]
     met = [name for name in source.linear_weights if not any(part in name for part in unchosen)]
     weights = sum(math.prod(source.store.shape(name)) for name in met)
     head = source.vocabulary * source.text_config.hidden_size
     assert len(met) < len(source.linear_weights)
-    assert (two.operations - one.operations) / 64 == pytest.approx(8 * weights + 6 * head)
+    assert (operations(128) - operations(64)) / 64 == pytest.approx(8 * weights + 6 * head)
+    after_blocks = operations(128, block_tokens=64) - operations(64, block_tokens=64)  # which leave its states behind
+    assert after_blocks / 64 == pytest.approx(6 * weights + 6 * head)
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
