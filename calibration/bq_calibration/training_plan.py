@@ -20,7 +20,7 @@ from .recipes import Recipe
 
 SHARE = 0.85  # of the free memory that a run may take unless --memory-budget says otherwise
 STORED_STATES = 0.25  # of the budget that the teacher's states may take
-LOGITS = 2**31  # bytes around the loss on a GPU: logits of both models and their gradient; a sixty-fourth on a CPU
+LOGITS = 2**31  # bytes around the loss on a GPU: logits of both models and their gradient; a sixteenth on a CPU
 PROCESS = int(6e8)  # Python, torch and its libraries
 PER_FEATURE = 6  # bytes that autograd keeps per input and output feature of a linear layer and per token
 # bytes per weight: latent code, gradient, two moments; the gradient is freed at once where one pass is one step
@@ -155,7 +155,7 @@ def _memory(source: SourceModel, recipe: Recipe, plan: TrainingPlan, states: int
     activations = tokens * int(PER_FEATURE * features + 4 * source.text_config.hidden_size * source.num_blocks)
     original = source.vocabulary * source.text_config.hidden_size * (4 + item)  # embedding and LM head
     teacher = 0 if plan.stores_teacher else source.dtype.itemsize * whole_weights + original
-    logits = LOGITS if source.device.type == "cuda" else LOGITS // 64
+    logits = LOGITS if source.device.type == "cuda" else LOGITS // 16
     whole = int(per_weight * whole_weights) + kept_weights
     tables = _tables(source, recipe)
     return PROCESS + whole + gathered + at_work + activations + tables + teacher + logits + states * plan.stores_teacher
