@@ -178,7 +178,7 @@ class Calibration:
         Args:
             hidden: states behind its last layer, used up.
         """
-        if self.recipe.train_tokens and self.recipe.mix is None and parallel.size() == 1:
+        if self.recipe.shares_windows and parallel.size() == 1:
             keep_states(self.source, self.recipe, hidden, self.workspace, self.memory_budget)
 
     def _finish(self, packed: TensorStore, used: int, *parts: list[dict[str, Any]]) -> dict[str, Any]:

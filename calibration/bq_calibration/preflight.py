@@ -286,7 +286,7 @@ def _operations(source: SourceModel, block: Block, recipe: Recipe) -> float:
         passes += tokens * (min(recipe.embedding_bits, recipe.head_bits) < UNPACKED)  # to the LM head
         passes += 2 * recipe.windows * recipe.seqlen * recipe.trains  # of both models
         passes += 3 * (recipe.block_tokens + recipe.train_tokens)  # forward, backward twice
-        passes += recipe.train_tokens * (recipe.mix is not None or not recipe.block_tokens)  # the 16-bit model's
+        passes += recipe.train_tokens * (not recipe.shares_windows)  # the 16-bit model's
         total += 2 * k * n * read * passes
     return total
 

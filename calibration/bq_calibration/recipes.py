@@ -177,6 +177,11 @@ class Recipe:
         """Whether blocks or the whole model are trained."""
         return bool(self.block_tokens or self.train_tokens)
 
+    @property
+    def shares_windows(self) -> bool:
+        """Whether end-to-end training reads the windows that block-wise training leads through the 16-bit model."""
+        return bool(self.block_tokens and self.train_tokens and self.mix is None)
+
     def bits_of_embedding(self, name: str) -> int:
         """Bits of the embedding or the LM head, by its name."""
         return self.head_bits if name.endswith(HEAD) else self.embedding_bits

@@ -420,6 +420,12 @@ def test_blocks_leave_the_states_of_the_16_bit_model_to_training(model, text, tm
     assert report_of(whole)["stages"] == report_of(resumed)["stages"]
 
 
+def test_corrected_layers_leave_no_states(model, text, tmp_path):
+    """Their targets are the samples to round on, fewer than those to train on."""
+    out = run(model, tmp_path / "out", text, correction=0.5, samples=4, **SCALES | dict(train_tokens=4 * 256))
+    assert len(report_of(out)["stages"][1]["losses"]) == 4
+
+
 def test_every_sample_once_an_epoch():
     for epoch in range(2):
         assert sorted(sample_at(epoch * 7 + i, 7, 0) for i in range(7)) == list(range(7))
