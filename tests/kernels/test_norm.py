@@ -238,6 +238,9 @@ def test_operator(call, rows):
                 want, bound = exact_linear(x, added, weight, layer, 32, 2, tables, 8 if to_int8 else 16)
                 assert_within(got, want, bound)
                 assert_within(plain, want, bound)
-            if to_int8:  # most codes are the same, and both are as far from what is not rounded
+            if not to_int8:  # two roundings of h to float16
+                torch.testing.assert_close(got, plain, rtol=2e-3, atol=0.05)
+            else:
+                # most codes are the same, and both are as far from what is not rounded
                 assert (got - rounded).float().norm() < (got - precise).float().norm()
             assert torch.equal(sums, sums[:0] if added is None else total.flatten())

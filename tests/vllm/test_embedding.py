@@ -47,12 +47,6 @@ def load(layer, name, tensors):
     return layer
 
 
-def assert_rows(got, weight):
-    """`got` are the rows of IDS, rotated back; a row in 16 bits is rounded."""
-    want = weight[IDS].double()
-    tiny.assert_rounded(got, want, 2 * tiny.HIDDEN, want.norm(dim=-1, keepdim=True))
-
-
 @pytest.fixture
 def dense(tmp_path):
     """Weights of a random checkpoint, decoded independently."""
@@ -84,10 +78,10 @@ def test_rows_and_logits(dense, options):
     quant = packed_config(EMBED, HEAD, bits=bits, **options)
     tensors, x = tiny.random_tensors(quant), torch.randn(3, tiny.HIDDEN)
     embedding, head = (load(build(quant, name), name, tensors) for name in (EMBED, HEAD))
-    assert_rows(embedding(IDS), dense(quant, EMBED))
+    torch.testing.assert_close(embedding(IDS), dense(quant, EMBED)[IDS], atol=1e-5, rtol=1e-5)
     logits = head.quant_method.apply(head, x)
     assert logits.shape == (3, 512) and not logits[:, tiny.VOCABULARY :].any()
-    tiny.assert_product(logits[:, : tiny.VOCABULARY], x, dense(quant, HEAD))
+    torch.testing.assert_close(logits[:, : tiny.VOCABULARY], x @ dense(quant, HEAD).T, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cpu", ["dense", "reference"], indirect=True)
@@ -105,8 +99,8 @@ def test_tied(dense, prefix, kept):
     x, want = torch.randn(3, tiny.HIDDEN).bfloat16(), dense(quant, EMBED, tied=True)
     rows, logits = embedding(IDS), head.quant_method.apply(head, x)
     assert rows.dtype == logits.dtype == torch.bfloat16
-    assert_rows(rows, want)
-    tiny.assert_product(logits[:, : len(want)], x, want)
+    torch.testing.assert_close(rows.float(), want[IDS], atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(logits[:, : len(want)].float(), x.float() @ want.T, atol=0.1, rtol=0.02)
     # what LoRA asks for
     for layer in (embedding, head):
         assert layer.weight.dtype == torch.bfloat16 and layer.weight.device == x.device
@@ -125,8 +119,9 @@ def test_ranks(dense, ranks, size, kept):
         embedding, head = (load(build(quant, name), name, tensors) for name in (EMBED, HEAD))
         rows = rows + embedding(IDS)
         logits.append(head.quant_method.apply(head, x))
-    assert_rows(rows, dense(quant, EMBED))
-    tiny.assert_product(torch.cat(logits, dim=1)[:, : tiny.VOCABULARY], x, dense(quant, HEAD))
+    torch.testing.assert_close(rows, dense(quant, EMBED)[IDS], atol=1e-5, rtol=1e-5)
+    found = torch.cat(logits, dim=1)[:, : tiny.VOCABULARY]
+    torch.testing.assert_close(found, x @ dense(quant, HEAD).T, atol=1e-4, rtol=1e-4)
 
 
 def test_what_stays_unquantized():

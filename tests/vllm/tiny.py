@@ -324,27 +324,3 @@ def decode(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
                 weight[token] = row.double()
         state[f"{module}.weight"] = weight.float()
     return state
-
-
-def assert_product(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | float = 0.0) -> None:
-    """`got` is x Wᵀ + bias, off by rounding alone.
-
-    By Cauchy and Schwarz no sum of |x·w| is above ‖x‖·‖w‖. In float32: a sum over the columns, and rotations, sums over
-    fewer. In the dtype of `got`, where it has 16 bits: the weight or the rotated x, and the result.
-
-    Args:
-        x: [..., K], as `got` was computed from it.
-        weight: [N, K], decoded in float64.
-        bias: [N].
-    """
-    x, weight = x.double(), weight.double()
-    want, norms = x @ weight.T + bias, x.norm(dim=-1, keepdim=True) * weight.norm(dim=-1)
-    assert_rounded(got, want, 2 * weight.shape[1], norms)
-
-
-def assert_rounded(got: torch.Tensor, want: torch.Tensor, terms: int, norms: torch.Tensor) -> None:
-    """`got` is `want` but for sums of so many terms in float32, at most `norms`, and two roundings to its own dtype."""
-    assert got.shape == want.shape
-    float32, own = (torch.finfo(dtype).eps / 2 for dtype in (torch.float32, got.dtype))
-    excess = (got.double() - want).abs() - (terms * float32 + own) * norms - own * want.abs()
-    assert excess.max() <= 0, f"off by {(got.double() - want).abs().max():.1e}, {excess.max():.1e} more than allowed"
