@@ -30,13 +30,12 @@ from .student import Student
 from .teacher import ResidentTeacher, StoredTeacher, normed, teacher_states
 from .train import Curve, Training
 from .training_plan import TrainingPlan, training_plan
-from .workspace import STABLE, Workspace
+from .workspace import STABLE, TEACHER, Workspace
 
 logger = logging.getLogger(__name__)
 # peak Adam learning rates by kind of parameter, as shares of the recipe's; codes have one of their own
 RATES = {"scales": 1.0, "zeros": 1.0, "tables": 0.1, "angles": 0.4, "norms": 0.1}
 CURVE = "training.jsonl"  # a line per step
-TEACHER = "teacher"  # states of the 16-bit model
 MEASUREMENTS = 10  # of the divergence on held-out text, spread over a training
 RISE = 1.03  # of that divergence over its lowest value so far: rates at their peak make it vary by 1 %
 TOO_FAST = "lower --train-lr or --code-lr, or raise --tokens-per-step"

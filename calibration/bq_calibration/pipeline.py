@@ -169,7 +169,7 @@ class Calibration:
         folder = work.path / BLOCKS
         packed, embeddings = quantize_embeddings(source, self.config, recipe, tokens, folder, work, progress)
         packed, stages = self._train(tokens, packed, progress)
-        used = tokens.numel() - recipe.held_out * tokens.shape[1] * recipe.trains
+        used = tokens[: recipe.read_windows].numel()
         return parallel.from_first(lambda: self._finish(packed, used, blocks, stages, embeddings))
 
     def _keep_states(self, hidden: torch.Tensor) -> None:

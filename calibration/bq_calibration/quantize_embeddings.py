@@ -78,8 +78,7 @@ def quantize_embeddings(
                 statistics = head_inputs(source, config, packed, embedding, own, progress)
                 hessian, sample = statistics.hessian, statistics.sample
             seed = derive_seed(recipe.seed, source.num_blocks, place)
-            trained = tokens[: len(tokens) - recipe.held_out * recipe.trains]
-            kept = _frequent(trained, len(weight), config.kept_tokens.get(name, 0))
+            kept = _frequent(tokens[: recipe.read_windows], len(weight), config.kept_tokens.get(name, 0))
             arguments = name, weight, hessian, sample, kept, config, recipe, seed, progress
             return parallel.from_first(functools.partial(_round, *arguments))
 

@@ -187,9 +187,14 @@ class Recipe:
         return self.head_bits if name.endswith(HEAD) else self.embedding_bits
 
     @property
+    def read_windows(self) -> int:
+        """Sequences to round and train on; they come first."""
+        return max(self.samples, self.train_samples) if self.trains else self.samples
+
+    @property
     def windows(self) -> int:
         """Sequences that the run asks for, those that are held out among them."""
-        return max(self.samples, self.train_samples) + self.held_out if self.trains else self.samples
+        return self.read_windows + self.held_out * self.trains
 
     @property
     def samples_per_step(self) -> int:

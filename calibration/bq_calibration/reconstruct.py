@@ -123,7 +123,7 @@ def reconstruct(
     Returns:
         the block's part of the checkpoint, and for the report the losses.
     """
-    count = parallel.share(recipe.windows - recipe.held_out)
+    count = parallel.share(recipe.read_windows)
 
     def held_out_loss() -> float:
         return parallel.total(block_loss(block.run(inputs[count:]), targets[count:])).item()

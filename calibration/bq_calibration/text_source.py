@@ -104,10 +104,12 @@ def first_documents(name: str) -> list[str]:
         UserError: if it cannot be read or has no text.
     """
     opened = open_text(name)
-    if isinstance(opened, str):
-        return [opened]
+    return [opened] if isinstance(opened, str) else _first_of(name, opened)
+
+
+def _first_of(name: str, rows: Any) -> list[str]:
     with data.reading(name):
-        return [row["text"] or "" for row in islice(opened, _FIRST)]
+        return [row["text"] or "" for row in islice(rows, _FIRST)]
 
 
 def open_source(name: str, tokenizer, evaluation: NgramFilter, window: int, seed: int) -> TextSource:
@@ -225,6 +227,5 @@ class _Stream(_Documents):
 
     def excerpt(self, chooser: random.Random) -> str:
         if not self._excerpted:
-            with data.reading(self._name):
-                self._excerpted = [row["text"] or "" for row in self._rows.take(_FIRST)]
+            self._excerpted = _first_of(self._name, self._rows)
         return _excerpt(chooser.choice(self._excerpted), chooser)

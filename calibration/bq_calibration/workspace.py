@@ -23,9 +23,10 @@ from .files import write_json, write_tensors
 BEAT = 5.0  # seconds between marks of the clock
 SETTINGS = "settings.json"
 STABLE = "train.stable"  # the state of a training before its learning rates fell
+TEACHER = "teacher"  # states of the 16-bit model
 # of a shorter run: what a longer one does not take over; plan and teacher are of a text with fewer samples
 _OWN = (SETTINGS, "lock", "clock.json", "train.state", "training.jsonl", "train", "final")
-_OWN += ("plan", "teacher.safetensors")
+_OWN += ("plan", f"{TEACHER}.safetensors")
 _MAY_DIFFER = "train_tokens"
 
 
