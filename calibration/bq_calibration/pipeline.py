@@ -161,15 +161,16 @@ class Calibration:
         return tokens
 
     def _stages(self, tokens: torch.Tensor, progress: Progress) -> dict[str, Any]:
-        source, recipe, work = self.source, self.recipe, self.workspace
+        source, recipe, work = self.source, self.recipe.of_blocks(), self.workspace
+        parts = tokens.view(-1, recipe.seqlen)
         if recipe.target_bpw is not None:
-            bits = work.json("module_bits", lambda: mixed_bits(source, self.config, recipe, tokens, progress))
+            bits = work.json("module_bits", lambda: mixed_bits(source, self.config, recipe, parts, progress))
             self.config = dataclasses.replace(self.config, module_bits=self.config.module_bits | bits)
-        blocks = quantize_blocks(source, self.config, recipe, tokens, work, progress, self._keep_states)
+        blocks = quantize_blocks(source, self.config, recipe, parts, work, progress, self._keep_states)
         folder = work.path / BLOCKS
-        packed, embeddings = quantize_embeddings(source, self.config, recipe, tokens, folder, work, progress)
+        packed, embeddings = quantize_embeddings(source, self.config, recipe, parts, folder, work, progress)
         packed, stages = self._train(tokens, packed, progress)
-        used = tokens[: recipe.read_windows].numel()
+        used = parts[: recipe.read_windows].numel()
         return parallel.from_first(lambda: self._finish(packed, used, blocks, stages, embeddings))
 
     def _keep_states(self, hidden: torch.Tensor) -> None:

@@ -170,6 +170,13 @@ class Recipe:
     train_samples: int = _setting(128, DATA, "Sequences for training, those for rounding among them.", least=1)
     held_out: int = _setting(8, DATA, "Further sequences on which the report measures what training gains.", least=0)
     seqlen: int = _setting(2048, DATA, "Tokens per sequence.", least=2)
+    block_seqlen: int | None = _setting(
+        None,
+        DATA,
+        "Tokens per sequence in rounding and block-wise training: parts of the sequences, or whole ones.",
+        least=2,
+        unset="whole",
+    )
     seed: int = _setting(0, DATA, "Seed of everything random.", least=0, most=2**63 - 1)
 
     @property
@@ -180,7 +187,15 @@ class Recipe:
     @property
     def shares_windows(self) -> bool:
         """Whether end-to-end training reads the windows that block-wise training leads through the 16-bit model."""
-        return bool(self.block_tokens and self.train_tokens and self.mix is None)
+        whole = self.block_seqlen in (None, self.seqlen)
+        return bool(self.block_tokens and self.train_tokens and self.mix is None and whole)
+
+    def of_blocks(self) -> Recipe:
+        """The recipe for rounding and block-wise training: sequences cut into parts of `block_seqlen`."""
+        parts = 1 if self.block_seqlen is None else self.seqlen // self.block_seqlen
+        names = "samples", "train_samples", "held_out"
+        counts = {name: parts * getattr(self, name) for name in names}
+        return dataclasses.replace(self, **counts, seqlen=self.seqlen // parts, block_seqlen=None)
 
     def bits_of_embedding(self, name: str) -> int:
         """Bits of the embedding or the LM head, by its name."""
@@ -299,4 +314,6 @@ def make_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
             raise UserError(f"{flag(field.name)} {value}: expected at least {least}")
         if most is not None and not value <= most:
             raise UserError(f"{flag(field.name)} {value}: expected at most {most}")
+    if recipe.block_seqlen is not None and recipe.seqlen % recipe.block_seqlen:
+        raise UserError(f"--block-seqlen {recipe.block_seqlen} does not divide --seqlen {recipe.seqlen}")
     return recipe

@@ -426,6 +426,29 @@ def test_corrected_layers_leave_no_states(model, text, tmp_path):
     assert len(report_of(out)["stages"][1]["losses"]) == 4
 
 
+def test_blocks_read_parts_of_the_sequences(model, text, tmp_path, monkeypatch):
+    """They come out as with sequences of that length; end-to-end training reads whole ones."""
+    gathered, gather = [], pipeline_module.gather_tokens
+    monkeypatch.setattr(pipeline_module, "gather_tokens", lambda *given: gathered.append(gather(*given)) or gathered[0])
+    settings = dict(seqlen=64, block_seqlen=32, samples=4, train_samples=6, held_out=2, block_tokens=1536)
+    long = run(model, tmp_path / "long", text, **settings, train_tokens=4 * 64, tokens_per_step=64)
+    monkeypatch.setattr(pipeline_module, "gather_tokens", lambda *_: gathered[0].view(-1, 32))
+    short = run(model, tmp_path / "short", text, samples=8, train_samples=12, held_out=4, block_tokens=1536)
+    for part in ("inputs", "reconstruction"):
+        assert report_of(long)[part] == report_of(short)[part]
+    stores = TensorStore(long), TensorStore(short)
+    for name in stores[0].names():
+        if name.endswith("qweight"):
+            assert torch.equal(*(store.get(name) for store in stores)), name
+    trained = report_of(long)["stages"][1]
+    assert trained["tokens_per_step"] == 64 and len(trained["losses"]) == 4
+
+
+def test_parts_that_do_not_divide_the_sequences():
+    with pytest.raises(UserError, match="--block-seqlen 48 does not divide --seqlen 512"):
+        make_recipe("best", {"block_seqlen": 48})
+
+
 def test_every_sample_once_an_epoch():
     for epoch in range(2):
         assert sorted(sample_at(epoch * 7 + i, 7, 0) for i in range(7)) == list(range(7))
