@@ -85,6 +85,10 @@ ARMS: dict[str, dict[str, Arm]] = {
         "float zero": Arm({"zero_point": "float"}),
         "2.3 bits": Arm({"target_bpw": 2.3}),
     },
+    "columns per scale": {  # at 2.3 bits behind trained blocks: what scales do not take gives more layers 3 bits
+        f"{'all' if size == -1 else size}": Arm(TOGETHER | {"group_size": size, "target_bpw": 2.3})
+        for size in (64, 192, -1)
+    },
     "behind trained blocks": {  # "start, blocks trained, codes frozen" with this changed
         "512 tokens per step, wsd": Arm(TOGETHER),
         "512 tokens per step": Arm(TOGETHER | {"schedule": "cosine"}),
