@@ -147,7 +147,11 @@ def check_recipe_values(words: list[str]) -> None:
     types = {"int": int, "float": float, "str": str, "bool": lambda _: True}
     types |= {f"{name} | None": types[name] for name in ("int", "float", "str")}
     convert = {flag: parse_tokens if f.metadata["tokens"] else types[f.type] for flag, f in fields.items()}
-    overrides = {f.name: convert[flag](given[flag]) for flag, f in fields.items() if flag in given}
+    overrides = {
+        f.name: None if f.type == "int | None" and given[flag] == f.metadata["unset"] else convert[flag](given[flag])
+        for flag, f in fields.items()
+        if flag in given
+    }
     assert make_recipe(given.get("--recipe", next(iter(RECIPES))), overrides)
 
 

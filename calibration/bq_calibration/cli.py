@@ -92,7 +92,7 @@ def _recipe_flag(field: dataclasses.Field) -> signatures.Parameter:
 def _number_or_word(field: dataclasses.Field, text: str) -> int | None:
     """The value of a flag that takes a number, or a word for None."""
     word = field.metadata["unset"]
-    if text != word and not text.isdigit():
+    if text != word and not text.removeprefix("-").isdigit():
         raise UserError(f"{flag(field.name)} {text}: expected a number or {word}")
     return None if text == word else int(text)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from bq_kernels.format import HEAD, FormatError, QuantConfig
+from bq_kernels.format import BITS, HEAD, PER_CHANNEL, FormatError, QuantConfig
 from rich.progress import Progress
 
 from . import parallel, preflight
@@ -25,7 +26,7 @@ from .model_card import write_model_card
 from .quant_config import embedding_bits, quant_config
 from .quantize_blocks import BLOCKS, quantize_blocks
 from .quantize_embeddings import quantize_embeddings
-from .recipes import Recipe
+from .recipes import USUAL_GROUP, Recipe
 from .report import run_facts, write_report
 from .sensitivity import mixed_bits
 from .skeleton import tied_head
@@ -69,11 +70,11 @@ class Calibration:
         extends: Path | None = None,
         keep_work: bool = False,
     ):
-        self.recipe, self.device, self.plots = recipe, torch.device(device), plots
+        self.device, self.plots = torch.device(device), plots
         self.memory_budget = memory_budget or parallel.from_first(lambda: free_memory(self.device))
         self.workspace, self.keep_work = Workspace(Path(out), resume, extends), keep_work
         self.source = SourceModel(model, self.device, compute_dtype, recipe.unquantized_dtype)
-        self.config = self._format()
+        self.recipe, self.config = self._decided(recipe)
 
     def run(self, progress: Progress) -> dict[str, Any]:
         """Calibrate and write the checkpoint; returns its report.
@@ -217,10 +218,27 @@ class Calibration:
             stages[-1]["text"] = mixed.report
         return tensors, stages
 
-    def _format(self) -> QuantConfig:
+    def _decided(self, recipe: Recipe) -> tuple[Recipe, QuantConfig]:
+        """The recipe with a group size where it leaves that open, and the checkpoint's format.
+
+        Rows have a scale each then, and sensitive layers get more bits, up to those of groups of USUAL_GROUP columns;
+        where layers cannot differ in bits, the groups are those.
+        """
+        if recipe.group_size is not None:
+            return recipe, self._format(recipe)
+        groups = {group: block.in_features(group) for block, _ in self.source.kinds for group in block.groups}
+        usual = dataclasses.replace(recipe, group_size=math.gcd(USUAL_GROUP, *groups.values()))
+        config = self._format(usual)
+        if recipe.bits == max(BITS) or any(group.experts for group in groups):
+            return usual, config
+        target = recipe.target_bpw or preflight.bits_per_weight(self.source, config)
+        rows = dataclasses.replace(recipe, group_size=PER_CHANNEL, target_bpw=target)
+        return rows, self._format(rows)
+
+    def _format(self, recipe: Recipe) -> QuantConfig:
         """The checkpoint's format, checked against the shapes of the model's layers."""
         blocks = [block for block, _ in self.source.kinds]
-        embeddings = embedding_bits(self.recipe, self.source.embedding_names, self.source.name)
+        embeddings = embedding_bits(recipe, self.source.embedding_names, self.source.name)
         if embeddings and tied_head(self.source.skeleton) and len(self.source.embedding_names) == 2:
             raise UserError(
                 f"{self.source.folder}: config.json ties the LM head to the embedding, but lm_head.weight differs from "
@@ -232,9 +250,9 @@ class Calibration:
                 model = type(self.source.skeleton).__name__
                 raise UserError(f"--{kind}-bits {bits}: vLLM's {model} keeps {name} in 16 bits; use 16")
         widths = {group: block.in_features(group) for block in blocks for group in block.groups}
-        if self.recipe.target_bpw is not None and any(group.experts for group in widths):
+        if recipe.target_bpw is not None and any(group.experts for group in widths):
             raise UserError("--target-bpw: a mixture of experts has the same bits everywhere; use --bits")
-        config = quant_config(self.recipe, widths, embeddings, self.source.vocabulary)
+        config = quant_config(recipe, widths, embeddings, self.source.vocabulary)
         others = dict.fromkeys(name for block in blocks for name in other_matrices(block.module, block.groups))
         kept = (*config.modules_to_not_convert, *others, *self.source.other_parts)
         config = dataclasses.replace(config, modules_to_not_convert=kept)

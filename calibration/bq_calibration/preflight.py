@@ -130,10 +130,7 @@ def plan(source: SourceModel, config: QuantConfig, recipe: Recipe, memory_budget
     Raises:
         UserError: if it does not fit into `memory_budget` bytes.
     """
-    packed = shared = weights = 0
-    for block, count in source.kinds:
-        stored, again = layer_bytes(block, config)
-        packed, shared, weights = packed + count * stored, shared + count * again, weights + count * block.weights()
+    packed, shared, weights = _linear_layers(source, config)
     shapes = {name: source.store.shape(name) for name in source.store.names() if name not in source.linear_weights}
     embeddings = {name: shapes.pop(f"{name}.weight") for name in source.embedding_names if config.packs(name)}
     if embeddings and len(source.embedding_names) == 1:
@@ -160,7 +157,19 @@ def plan(source: SourceModel, config: QuantConfig, recipe: Recipe, memory_budget
     )
 
 
-def layer_bytes(block: Block, config: QuantConfig) -> tuple[int, int]:
+def bits_per_weight(source: SourceModel, config: QuantConfig) -> float:
+    """Bits per weight of the linear layers, all that is stored counted."""
+    packed, again, weights = _linear_layers(source, config)
+    return 8 * (packed - again) / weights
+
+
+def _linear_layers(source: SourceModel, config: QuantConfig) -> tuple[int, int, int]:
+    """Bytes of the packed linear layers; those of them that are angles once more; number of weights."""
+    kinds = [(*_layer_bytes(block, config), block.weights(), count) for block, count in source.kinds]
+    return tuple(sum(values[i] * values[-1] for values in kinds) for i in range(3))
+
+
+def _layer_bytes(block: Block, config: QuantConfig) -> tuple[int, int]:
     """Bytes of the packed linear layers of a decoder layer; and those of them that are angles once more."""
     stored = again = 0
     for group in block.groups:

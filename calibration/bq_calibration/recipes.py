@@ -14,6 +14,7 @@ from bq_kernels.format import BITS, HEAD, ROTATION_KINDS, ZERO_POINTS
 from .errors import UserError
 from .schedule import SCHEDULES
 
+USUAL_GROUP = 64  # columns that share a scale
 UNPACKED = 16  # bits of an embedding or LM head that stays as it is
 FORMAT, ROTATION, ROUNDING, TRAINING, DATA = "Format", "Rotation", "Rounding", "Training", "Data"  # sections of --help
 OPTIMIZER_BITS = (32, 8)
@@ -58,7 +59,13 @@ class Recipe:
         least=2,
         most=8,
     )
-    group_size: int = _setting(64, FORMAT, "Columns that share a scale; -1 for the whole row.")
+    group_size: int | None = _setting(
+        USUAL_GROUP,
+        FORMAT,
+        "Columns that share a scale; -1 for the whole row; with auto too, and sensitive layers get the bits that this "
+        f"saves against {USUAL_GROUP}.",
+        unset="auto",
+    )
     zero_point: str = _setting(
         "midrise", FORMAT, "Levels: symmetric ones without a zero, or a float zero per group.", choices=ZERO_POINTS
     )

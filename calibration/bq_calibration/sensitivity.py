@@ -21,7 +21,7 @@ from .architecture import InputGroup
 from .block import Block
 from .errors import UserError
 from .model import SourceModel
-from .preflight import layer_bytes
+from .preflight import bits_per_weight
 from .quantize_block import rotated, round_weight
 from .recipes import Recipe
 from .rotation import MOST_ROWS
@@ -50,12 +50,10 @@ def mixed_bits(
     """
     block = source.empty_block(0)
     weights = {group: block.weights(group) for group in block.groups}
-    everything, again = layer_bytes(block, config)
-    stored = 8 * (everything - again)
-    budget = (recipe.target_bpw * sum(weights.values()) - stored) * source.num_blocks
-    if budget < 0:
-        least = stored / sum(weights.values())
+    least = bits_per_weight(source, config)
+    if recipe.target_bpw < least:
         raise UserError(f"--target-bpw {recipe.target_bpw}: {config.bits} bits alone, all counted, take {least:.3f}")
+    budget = (recipe.target_bpw - least) * sum(weights.values()) * source.num_blocks
 
     def rounding_error(rows, hessian, group, bits):
         angles, block_size = None, config.rotation.block(group.layers[0])

@@ -401,7 +401,7 @@ def test_every_metric_is_shown():
     [
         (["--rotation-block", "1"], "--rotation-block 1: expected at least 2"),
         (["--rotation-block", "0"], "--rotation-block 0: expected at least 2"),
-        (["--rotation-block", "-64"], "--rotation-block -64: expected a number or full"),
+        (["--rotation-block", "-64"], "--rotation-block -64: expected at least 2"),
         (["--rotation-block", "99999999999"], "does not divide the 96 inputs"),
         (["--lr", "1e30"], "--lr 1e+30: expected at most 1000.0"),
         (["--lr", "inf"], "--lr inf: expected at most"),
@@ -418,6 +418,7 @@ def test_every_metric_is_shown():
         (["--device", "toaster"], "--device toaster: not available here"),
         (["--group-size", "0"], "group_size: expected a multiple of 32"),
         (["--group-size", "-2"], "group_size: expected a multiple of 32"),
+        (["--group-size", "many"], "--group-size many: expected a number or auto"),
         (["--samples", "0"], "--samples 0: expected at least 1"),
         (["--seqlen", "1"], "--seqlen 1: expected at least 2"),
         (["--steps", "-1"], "--steps -1: expected at least 0"),

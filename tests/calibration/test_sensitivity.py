@@ -87,6 +87,37 @@ def test_checkpoint_of_mixed_bits(model, text, tmp_path, settings):
     assert torch.isfinite(loaded(input_ids=torch.tensor([[3, 4, 5]])).logits).all()
 
 
+@pytest.mark.parametrize("settings", [{"rotation": "hadamard"}, {"bits": 3, "zero_point": "float"}])
+def test_what_fewer_scales_save_goes_to_layers(model, text, tmp_path, settings):
+    """`--group-size auto`: a scale per row, the size of groups, and more bits for some layers."""
+    verified = {}
+    for name, size in (("groups", 32), ("rows", None)):  # the usual 64 does not divide 96 features, 32 does
+        recipe = make_recipe("fast", SMALL | {"dataset": str(text), "group_size": size} | settings)
+        Calibration(str(model), str(tmp_path / name), recipe, "cpu", plots=False).run(Progress(disable=True))
+        verified[name] = verify(tmp_path / name)
+    groups, rows = verified["groups"], verified["rows"]
+    assert rows.config.group_size == -1 and set(rows.config.module_bits.values()) <= {3, 4}
+    steps = {}  # what a bit more costs layers that share an input, where they do not have 4 yet
+    for name, (n, k) in rows.layers.items():
+        if rows.config.bits_of(name) < 4:
+            prefix, _, last = name.rpartition(".")
+            key = prefix, last if last in ("o_proj", "down_proj") else "together"
+            steps[key] = steps.get(key, 0) + n * k
+    left = sum(groups.stored_bits.values()) - sum(rows.stored_bits.values())
+    assert 0 <= left < min(steps.values())
+    report = json.loads((tmp_path / "rows" / "bq_report.json").read_text())
+    assert report["recipe"]["target_bpw"] == pytest.approx(groups.bits_per_weight())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"), [("llama", {"bits": 4}), ("qwen3_moe", {}), ("deepseek_v2", {"bits": 3})]
+)
+def test_groups_stay_where_layers_cannot_get_more_bits(architecture, settings, tmp_path):
+    recipe = make_recipe("fast", SMALL | {"group_size": None} | settings)
+    made = Calibration(str(make_model(tmp_path / "model", architecture)), str(tmp_path / "out"), recipe, "cpu")
+    assert made.config.group_size == made.recipe.group_size == 32 and made.recipe.target_bpw is None
+
+
 def test_budget_below_what_is_there(model, text, tmp_path):
     recipe = make_recipe("fast", SMALL | {"dataset": str(text), "target_bpw": 2.0})
     with pytest.raises(UserError, match=r"--target-bpw 2.0: 2 bits alone, all counted, take 2\.\d+"):
