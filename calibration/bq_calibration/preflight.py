@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bq_kernels.format import HEAD, QuantConfig
+from bq_kernels.format import BITS, HEAD, QuantConfig
 from rich.progress import Progress
 
 from . import parallel
@@ -165,8 +165,11 @@ def bits_per_weight(source: SourceModel, config: QuantConfig) -> float:
 
 def _linear_layers(source: SourceModel, config: QuantConfig) -> tuple[int, int, int]:
     """Bytes of the packed linear layers; those of them that are angles once more; number of weights."""
-    kinds = [(*_layer_bytes(block, config), block.weights(), count) for block, count in source.kinds]
-    return tuple(sum(values[i] * values[-1] for values in kinds) for i in range(3))
+    packed = again = weights = 0
+    for block, count in source.kinds:
+        stored, angles = _layer_bytes(block, config)
+        packed, again, weights = packed + count * stored, again + count * angles, weights + count * block.weights()
+    return packed, again, weights
 
 
 def _layer_bytes(block: Block, config: QuantConfig) -> tuple[int, int]:
@@ -278,7 +281,7 @@ def _embedding_memory(source: SourceModel, recipe: Recipe, embeddings: dict[str,
 
 
 def _operations(source: SourceModel, block: Block, recipe: Recipe) -> float:
-    """Of a decoder layer: statistics, the angles, rounding, passes, training."""
+    """Of a decoder layer: sensitivities, statistics, the angles, rounding, passes, training."""
     total, tokens = 0.0, recipe.samples * recipe.seqlen
     for group in block.groups:
         parts, k = len(group.parts()), block.in_features(group)
@@ -291,6 +294,8 @@ def _operations(source: SourceModel, block: Block, recipe: Recipe) -> float:
             total += recipe.steps * 2 * MOST_ROWS * k * k
         if recipe.correction:
             total += 2 * k * k * (n + tokens)
+        if recipe.target_bpw is not None:
+            total += len(BITS) * (k**3 / 3 + _rounding_operations(recipe, min(n, MOST_ROWS), k))
         passes = 2 * (twice + bool(recipe.correction)) * tokens  # for statistics, and with rounded layers
         passes += tokens * (min(recipe.embedding_bits, recipe.head_bits) < UNPACKED)  # to the LM head
         passes += 2 * recipe.windows * recipe.seqlen * recipe.trains  # of both models
