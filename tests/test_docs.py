@@ -139,6 +139,7 @@ def check_help(words: list[str], program: tuple[str, ...]) -> None:
 
 def check_recipe_values(words: list[str]) -> None:
     """Values of bq-calibrate's flags are ones that it takes."""
+    from bq_calibration.cli import number_or_word
     from bq_calibration.recipes import RECIPES, Recipe, make_recipe
     from bq_calibration.schedule import parse_tokens
 
@@ -147,11 +148,8 @@ def check_recipe_values(words: list[str]) -> None:
     types = {"int": int, "float": float, "str": str, "bool": lambda _: True}
     types |= {f"{name} | None": types[name] for name in ("int", "float", "str")}
     convert = {flag: parse_tokens if f.metadata["tokens"] else types[f.type] for flag, f in fields.items()}
-    overrides = {
-        f.name: None if f.type == "int | None" and given[flag] == f.metadata["unset"] else convert[flag](given[flag])
-        for flag, f in fields.items()
-        if flag in given
-    }
+    convert |= {flag: functools.partial(number_or_word, f) for flag, f in fields.items() if f.type == "int | None"}
+    overrides = {f.name: convert[flag](given[flag]) for flag, f in fields.items() if flag in given}
     assert make_recipe(given.get("--recipe", next(iter(RECIPES))), overrides)
 
 

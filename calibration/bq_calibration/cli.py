@@ -89,8 +89,12 @@ def _recipe_flag(field: dataclasses.Field) -> signatures.Parameter:
     return signatures.Parameter(field.name, signatures.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _number_or_word(field: dataclasses.Field, text: str) -> int | None:
-    """The value of a flag that takes a number, or a word for None."""
+def number_or_word(field: dataclasses.Field, text: str) -> int | None:
+    """The value of a flag that takes a number, or a word for None.
+
+    Raises:
+        UserError: for anything else.
+    """
     word = field.metadata["unset"]
     if text != word and not text.removeprefix("-").isdigit():
         raise UserError(f"{flag(field.name)} {text}: expected a number or {word}")
@@ -150,7 +154,7 @@ def _calibrate(
     overrides = {name: value for name, value in settings.items() if value is not None}
     for field in dataclasses.fields(Recipe):
         if field.type == "int | None" and field.name in overrides:
-            overrides[field.name] = _number_or_word(field, overrides[field.name])
+            overrides[field.name] = number_or_word(field, overrides[field.name])
     make_recipe(recipe, overrides)  # flags are checked before torch and transformers load
     run = {"device": device, "compute_dtype": compute_dtype, "resume": resume, "plots": plots}
     run |= {"memory_budget": memory_budget, "extend": extend and str(extend), "keep_work": keep_work}

@@ -14,7 +14,7 @@ from bq_kernels.format import BITS, HEAD, PER_CHANNEL, FormatError, QuantConfig
 from rich.progress import Progress
 
 from . import parallel, preflight
-from .architecture import UNPACKED_IN_VLLM, other_matrices
+from .architecture import UNPACKED_IN_VLLM, InputGroup, other_matrices
 from .data import gather_tokens
 from .end_to_end import CURVE, TrainingText, keep_states, train_end_to_end
 from .errors import UserError, explain_write
@@ -224,19 +224,24 @@ class Calibration:
         Rows have a scale each then, and sensitive layers get more bits, up to those of groups of USUAL_GROUP columns;
         where layers cannot differ in bits, the groups are those.
         """
+        widths = {group: block.in_features(group) for block, _ in self.source.kinds for group in block.groups}
         if recipe.group_size is not None:
-            return recipe, self._format(recipe)
-        groups = {group: block.in_features(group) for block, _ in self.source.kinds for group in block.groups}
-        usual = dataclasses.replace(recipe, group_size=math.gcd(USUAL_GROUP, *groups.values()))
-        config = self._format(usual)
-        if recipe.bits == max(BITS) or any(group.experts for group in groups):
+            return recipe, self._format(recipe, widths)
+        usual = dataclasses.replace(recipe, group_size=math.gcd(USUAL_GROUP, *widths.values()))
+        config = self._format(usual, widths)
+        if recipe.bits == max(BITS) or any(group.experts for group in widths):
             return usual, config
         target = recipe.target_bpw or preflight.bits_per_weight(self.source, config)
         rows = dataclasses.replace(recipe, group_size=PER_CHANNEL, target_bpw=target)
-        return rows, self._format(rows)
+        return rows, self._format(rows, widths)
 
-    def _format(self, recipe: Recipe) -> QuantConfig:
-        """The checkpoint's format, checked against the shapes of the model's layers."""
+    def _format(self, recipe: Recipe, widths: dict[InputGroup, int]) -> QuantConfig:
+        """The checkpoint's format, checked against the shapes of the model's layers.
+
+        Args:
+            recipe: settings of the run, its group size among them.
+            widths: input features of every group of layers.
+        """
         blocks = [block for block, _ in self.source.kinds]
         embeddings = embedding_bits(recipe, self.source.embedding_names, self.source.name)
         if embeddings and tied_head(self.source.skeleton) and len(self.source.embedding_names) == 2:
@@ -249,7 +254,6 @@ class Calibration:
                 kind = "head" if name.endswith(HEAD) else "embedding"
                 model = type(self.source.skeleton).__name__
                 raise UserError(f"--{kind}-bits {bits}: vLLM's {model} keeps {name} in 16 bits; use 16")
-        widths = {group: block.in_features(group) for block in blocks for group in block.groups}
         if recipe.target_bpw is not None and any(group.experts for group in widths):
             raise UserError("--target-bpw: a mixture of experts has the same bits everywhere; use --bits")
         config = quant_config(recipe, widths, embeddings, self.source.vocabulary)

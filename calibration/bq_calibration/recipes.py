@@ -14,7 +14,7 @@ from bq_kernels.format import BITS, HEAD, ROTATION_KINDS, ZERO_POINTS
 from .errors import UserError
 from .schedule import SCHEDULES
 
-USUAL_GROUP = 64  # columns that share a scale
+USUAL_GROUP = 64  # columns that share a scale, unless a flag says otherwise
 UNPACKED = 16  # bits of an embedding or LM head that stays as it is
 FORMAT, ROTATION, ROUNDING, TRAINING, DATA = "Format", "Rotation", "Rounding", "Training", "Data"  # sections of --help
 OPTIMIZER_BITS = (32, 8)
@@ -62,8 +62,8 @@ class Recipe:
     group_size: int | None = _setting(
         USUAL_GROUP,
         FORMAT,
-        "Columns that share a scale; -1 for the whole row; with auto too, and sensitive layers get the bits that this "
-        f"saves against {USUAL_GROUP}.",
+        "Columns that share a scale; -1 for the whole row; auto: the whole row, and what that saves against groups of "
+        f"{USUAL_GROUP} gives sensitive layers more bits.",
         unset="auto",
     )
     zero_point: str = _setting(
@@ -194,15 +194,17 @@ class Recipe:
     @property
     def shares_windows(self) -> bool:
         """Whether end-to-end training reads the windows that block-wise training leads through the 16-bit model."""
-        whole = self.block_seqlen in (None, self.seqlen)
-        return bool(self.block_tokens and self.train_tokens and self.mix is None and whole)
+        return bool(self.block_tokens and self.train_tokens and self.mix is None and self.parts == 1)
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts rounding and block-wise training cut a sequence."""
+        return 1 if self.block_seqlen is None else self.seqlen // self.block_seqlen
 
     def of_blocks(self) -> Recipe:
         """The recipe for rounding and block-wise training: sequences cut into parts of `block_seqlen`."""
-        parts = 1 if self.block_seqlen is None else self.seqlen // self.block_seqlen
-        names = "samples", "train_samples", "held_out"
-        counts = {name: parts * getattr(self, name) for name in names}
-        return dataclasses.replace(self, **counts, seqlen=self.seqlen // parts, block_seqlen=None)
+        counts = {name: self.parts * getattr(self, name) for name in ("samples", "train_samples", "held_out")}
+        return dataclasses.replace(self, **counts, seqlen=self.seqlen // self.parts, block_seqlen=None)
 
     def bits_of_embedding(self, name: str) -> int:
         """Bits of the embedding or the LM head, by its name."""
