@@ -90,7 +90,7 @@ class KernelWarmUp:
         waited = time.monotonic() - started
         logger.info("%d kernels are compiled; loading waited %.1f s for them", len(compilation.builds), waited)
         for wanted, problem in failed.items():
-            logger.warning("%s cannot be compiled: %s", wanted.kernel, problem)
+            logger.warning("%s cannot be compiled", wanted.kernel, exc_info=problem)
 
 
 warm_up = KernelWarmUp()

@@ -92,13 +92,24 @@ class Compilation:
             if wanted not in self.builds:
                 self.builds[wanted] = self._pool.submit(wanted.compile)
 
-    def wait(self) -> dict[Specialization, BaseException]:
-        """Wait until all is compiled; returns why, for each that cannot be."""
+    def wait(self) -> dict[Specialization, Exception]:
+        """Wait until all is compiled; returns why, for each that cannot be.
+
+        What failed beside others is tried again alone: Triton reads kernels with `ast.parse`, which fails now and then
+        in two threads at once (Python before 3.11.8, https://github.com/python/cpython/issues/106905).
+        """
         self._pool.shutdown()
-        return {wanted: problem for wanted, build in self.builds.items() if (problem := build.exception())}
+        problems = {}
+        for wanted, build in self.builds.items():
+            if build.exception():
+                try:
+                    wanted.compile()
+                except Exception as problem:
+                    problems[wanted] = problem
+        return problems
 
 
-def compile_kernels(specializations: Iterable[Specialization]) -> dict[Specialization, BaseException]:
+def compile_kernels(specializations: Iterable[Specialization]) -> dict[Specialization, Exception]:
     """Compile on all cores and wait; returns why, for each that cannot be compiled."""
     compilation = Compilation()
     compilation.add(specializations)

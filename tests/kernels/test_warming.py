@@ -108,6 +108,26 @@ def test_a_kernel_that_cannot_be_compiled_is_named(gpu):
     assert named is broken and isinstance(problem, Exception)
 
 
+def test_a_kernel_that_fails_beside_others_is_compiled_alone(gpu, monkeypatch):
+    """`ast.parse` is not made for two threads at once in every Python; here it fails in every thread but this one."""
+    with warming.recording() as found:
+        triton_rotate.apply_rotation(meta(1, 256), *tables(2, 128))
+        triton_rotate.apply_rotation(meta(16, 256), *tables(4, 64))
+    parse = triton_rotate.butterfly.parse
+
+    def parse_here():
+        if threading.current_thread() is not threading.main_thread():
+            raise SystemError("AST constructor recursion depth mismatch")
+        return parse()
+
+    monkeypatch.setattr(triton_rotate.butterfly, "parse", parse_here)
+    compilation = warming.Compilation()
+    compilation.add(found)
+    assert compilation.wait() == {}
+    assert all(build.exception() for build in compilation.builds.values())
+    assert len(triton_rotate._rotate_kernel.device_caches[0][0]) == len(found)
+
+
 def test_other_threads_are_not_recorded(gpu):
     compiled = []
     with warming.recording() as found:
