@@ -45,6 +45,7 @@ from benchmarks.training_ablations.variants import Vocabulary, in_place
 
 # what all arms share unless they say otherwise
 COMMON: dict[str, Any] = {
+    "group_size": 64,
     "rotation": "hadamard",
     "compare": False,
     "refine": 2,

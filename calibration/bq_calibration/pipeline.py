@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bq_kernels.format import BITS, HEAD, PER_CHANNEL, FormatError, QuantConfig
+from bq_kernels.format import BITS, GROUP_MULTIPLE, HEAD, PER_CHANNEL, FormatError, QuantConfig
 from rich.progress import Progress
 
 from . import parallel, preflight
@@ -26,7 +26,7 @@ from .model_card import write_model_card
 from .quant_config import embedding_bits, quant_config
 from .quantize_blocks import BLOCKS, quantize_blocks
 from .quantize_embeddings import quantize_embeddings
-from .recipes import USUAL_GROUP, Recipe
+from .recipes import TRAINED_GROUP, USUAL_GROUP, Recipe
 from .report import run_facts, write_report
 from .sensitivity import mixed_bits
 from .skeleton import tied_head
@@ -222,18 +222,24 @@ class Calibration:
         """The recipe with a group size where it leaves that open, and the checkpoint's format.
 
         Rows have a scale each then, and sensitive layers get more bits, up to those of groups of USUAL_GROUP columns;
-        where layers cannot differ in bits, the groups are those.
+        where layers cannot differ in bits, the groups are those. Scales that train end to end are worth more: they have
+        groups of up to TRAINED_GROUP columns.
         """
         widths = {group: block.in_features(group) for block, _ in self.source.kinds for group in block.groups}
         if recipe.group_size is not None:
             return recipe, self._format(recipe, widths)
-        usual = dataclasses.replace(recipe, group_size=math.gcd(USUAL_GROUP, *widths.values()))
+        parts = {width // recipe.tensor_parallel if group.row_parallel else width for group, width in widths.items()}
+        common = math.gcd(*parts)
+        usual = dataclasses.replace(recipe, group_size=math.gcd(USUAL_GROUP, common))
         config = self._format(usual, widths)
         if recipe.bits == max(BITS) or any(group.experts for group in widths):
             return usual, config
+        fewer = PER_CHANNEL
+        if recipe.train_tokens:
+            fewer = max(size for size in range(GROUP_MULTIPLE, TRAINED_GROUP + 1, GROUP_MULTIPLE) if common % size == 0)
         target = recipe.target_bpw or preflight.bits_per_weight(self.source, config)
-        rows = dataclasses.replace(recipe, group_size=PER_CHANNEL, target_bpw=target)
-        return rows, self._format(rows, widths)
+        chosen = dataclasses.replace(recipe, group_size=fewer, target_bpw=target)
+        return chosen, self._format(chosen, widths)
 
     def _format(self, recipe: Recipe, widths: dict[InputGroup, int]) -> QuantConfig:
         """The checkpoint's format, checked against the shapes of the model's layers.

@@ -19,7 +19,7 @@ from .files import carried_files
 from .mix import parse_mix
 from .model import SourceModel
 from .quantize_embeddings import ROWS
-from .recipes import UNPACKED, Recipe
+from .recipes import SENSITIVITY_SAMPLES, UNPACKED, Recipe
 from .rotation import MOST_ROWS
 from .training_plan import PROCESS, training_plan
 
@@ -194,6 +194,12 @@ def _states(source: SourceModel, recipe: Recipe) -> int:
     return recipe.windows * recipe.seqlen * source.text_config.hidden_size * source.dtype.itemsize
 
 
+def _sensitivity_states(source: SourceModel, recipe: Recipe) -> int:
+    """Bytes of the hidden states in front of every decoder layer, from which sensitivities are computed backwards."""
+    tokens = SENSITIVITY_SAMPLES * recipe.seqlen // recipe.parts
+    return (source.num_blocks + 1) * tokens * source.text_config.hidden_size * source.dtype.itemsize
+
+
 def _disk(
     source: SourceModel, config: QuantConfig, recipe: Recipe, checkpoint: int, packed: int, weights: int, tables: int
 ) -> int:
@@ -231,6 +237,8 @@ def _memory(source: SourceModel, recipe: Recipe, budget: int) -> int:
     """
     corrects = bool(recipe.correction)
     states = _states(source, recipe) * (1 + bool(recipe.block_tokens or corrects) + corrects) // parallel.size()
+    if recipe.target_bpw is not None:
+        states = max(states, _sensitivity_states(source, recipe))
 
     def needed(on_demand: bool) -> int:
         layers = (_layer_memory(block, recipe, source.dtype.itemsize, on_demand) for block, _ in source.kinds)

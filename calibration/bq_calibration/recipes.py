@@ -15,6 +15,8 @@ from .errors import UserError
 from .schedule import SCHEDULES
 
 USUAL_GROUP = 64  # columns that share a scale, unless a flag says otherwise
+SENSITIVITY_SAMPLES = 8  # sequences that decide which layers get more bits
+TRAINED_GROUP = 256  # most columns that share a scale with --group-size auto where scales train end to end
 UNPACKED = 16  # bits of an embedding or LM head that stays as it is
 FORMAT, ROTATION, ROUNDING, TRAINING, DATA = "Format", "Rotation", "Rounding", "Training", "Data"  # sections of --help
 OPTIMIZER_BITS = (32, 8)
@@ -62,8 +64,9 @@ class Recipe:
     group_size: int | None = _setting(
         USUAL_GROUP,
         FORMAT,
-        "Columns that share a scale; -1 for the whole row; auto: the whole row, and what that saves against groups of "
-        f"{USUAL_GROUP} gives sensitive layers more bits.",
+        "Columns that share a scale; -1 for the whole row; auto: the whole row, or up to "
+        f"{TRAINED_GROUP} if scales train end to end, and what that saves against groups of {USUAL_GROUP} gives "
+        "sensitive layers more bits.",
         unset="auto",
     )
     zero_point: str = _setting(
@@ -256,7 +259,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     # the most accurate within a few minutes on two cores
-    "fast": Recipe(refine=4, samples=64, seqlen=512),
+    "fast": Recipe(group_size=None, refine=4, samples=64, seqlen=512),
     # every block rounded behind a Hadamard and then trained, codes and all; then all but the codes end to end. Angles
     # that are learned and trained too end no lower, so their bits are saved
     "best": Recipe(

@@ -23,11 +23,10 @@ from .errors import UserError
 from .model import SourceModel
 from .preflight import bits_per_weight
 from .quantize_block import rotated, round_weight
-from .recipes import Recipe
+from .recipes import SENSITIVITY_SAMPLES, Recipe
 from .rotation import MOST_ROWS
 from .sampling import spread_rows
 
-SAMPLES = 8  # sequences that are looked at
 _ROWS = 256  # tokens whose logits are in memory at a time
 Losses = dict[tuple[int, InputGroup], dict[int, float]]
 # (rows of a weight [rows, K], hessian [K, K], group, bits) -> rounded rows minus rows, and the Hessian in their basis
@@ -78,7 +77,7 @@ def sensitivities(
 
     Args:
         source: the 16-bit model.
-        tokens: int64 [samples, seqlen]; the first SAMPLES are used.
+        tokens: int64 [samples, seqlen]; the first SENSITIVITY_SAMPLES are used.
         rounding_error: for rows of a weight, Hessian, group of layers and bits: the error of the rows [rows, K] and the
             Hessian in the basis of that error.
         seed: of the tokens that are drawn.
@@ -86,7 +85,7 @@ def sensitivities(
     Returns:
         nats per token, by (index of the block, group) and bits.
     """
-    hidden = source.embed(tokens[:SAMPLES])
+    hidden = source.embed(tokens[:SENSITIVITY_SAMPLES])
     entering = []
     task = progress.add_task("sensitivity of the layers", total=2 * source.num_blocks)
     for index in range(source.num_blocks):

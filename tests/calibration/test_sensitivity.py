@@ -118,6 +118,31 @@ def test_groups_stay_where_layers_cannot_get_more_bits(architecture, settings, t
     assert made.config.group_size == made.recipe.group_size == 32 and made.recipe.target_bpw is None
 
 
+@pytest.mark.parametrize(("settings", "size"), [({}, -1), ({"train_tokens": 64}, 96), ({"block_tokens": 64}, -1)])
+def test_scales_that_train_have_groups(settings, size, tmp_path):
+    recipe = make_recipe("fast", SMALL | {"group_size": None, "rotation": "hadamard"} | settings)
+    made = Calibration(str(make_model(tmp_path / "model", "llama")), str(tmp_path / "out"), recipe, "cpu")
+    assert made.config.group_size == made.recipe.group_size == size  # inputs have 96 or 192 columns
+    assert made.recipe.target_bpw == 2.5  # groups of 32 have it
+
+
+def test_groups_fit_the_shards(tmp_path):
+    folder = str(make_model(tmp_path / "model", "llama"))
+    settings = SMALL | {"group_size": None, "train_tokens": 64, "tensor_parallel": 3}
+    made = Calibration(folder, str(tmp_path / "out"), make_recipe("fast", settings), "cpu")
+    assert made.config.group_size == 32  # o_proj and down_proj have 32 and 64 columns in a shard
+
+
+def test_memory_counts_the_states_of_all_layers(model, text, tmp_path):
+    needed = {}
+    for target in (None, 3.6):
+        recipe = make_recipe("fast", SMALL | {"dataset": str(text), "target_bpw": target})
+        run = Calibration(str(model), str(tmp_path / "out"), recipe, "cpu", "float32")
+        needed[target] = run.dry_run(Progress(disable=True))["memory_bytes"]
+    states = 8 * 32 * 96 * 4  # 8 sequences of 32 tokens, 96 features in float32
+    assert needed[3.6] - needed[None] == 2 * states  # in front of both layers and behind, in place of one at a time
+
+
 def test_budget_below_what_is_there(model, text, tmp_path):
     recipe = make_recipe("fast", SMALL | {"dataset": str(text), "target_bpw": 2.0})
     with pytest.raises(UserError, match=r"--target-bpw 2.0: 2 bits alone, all counted, take 2\.\d+"):
