@@ -27,8 +27,7 @@ QUESTIONS = [
     "Why is the sky blue?",
 ]
 NEW_TOKENS, PENALTY = 64, 1.1
-CALIBRATE = ["--recipe", "fast", "--rotation", "hadamard", "--no-compare", "--refine", "1", "--correction", "0.5"]
-CALIBRATE += ["--samples", "24", "--seqlen", "512"]
+CALIBRATE = ["--recipe", "fast", "--no-compare", "--refine", "1", "--correction", "0.5", "--samples", "24"]
 WAYS = {"2": [], "2.6": ["--target-bpw", "2.6"], "3": ["--bits", "3"]}  # docs/demo.md compares them
 WINDOWS, CONTEXT = 4, 1024
 
@@ -108,10 +107,11 @@ def run_step(log: Path, *command: object, bars: bool = False) -> None:
     """
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "VLLM_LOGGING_LEVEL": "WARNING"}
     quiet |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    cache = {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB; vLLM's own choice may be more than is free
     with open(log, "a") as file:
         streams = {"stdout": file} | ({} if bars else {"stderr": file})
         call = [str(part) for part in command]
-        code = subprocess.run(call, check=False, env=os.environ | quiet, **streams).returncode
+        code = subprocess.run(call, check=False, env=cache | os.environ | quiet, **streams).returncode
     if code:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
         sys.exit("\n".join([*last, f"{Path(call[0]).name} failed ({code}); all that it printed is in {log}"]))

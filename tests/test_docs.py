@@ -398,6 +398,15 @@ def test_accuracy_figures(name):
         assert lines_with(ROOT / "docs" / "results.md", *parts), parts
 
 
+def test_figures_by_columns_per_scale():
+    record = json.loads((RESULTS / "columns_per_scale.json").read_text())
+    for row in (*record["rows"], *record["all_windows"]["rows"]):
+        scores = row["perplexity"].values()
+        parts = [f"| {row['bits_per_weight']:.3f} |", *(f"{score['value']:.2f}" for score in scores)]
+        parts += [f" {row['seconds']:,.0f} |"] if row in record["all_windows"]["rows"] else []
+        assert lines_with(ROOT / "docs" / "results.md", *parts), parts
+
+
 def test_activation_figures():
     record = json.loads((RESULTS / "activations.json").read_text())
     for found in record["checkpoints"]:
@@ -413,11 +422,12 @@ def test_activation_figures():
 
 def test_readme_shows_figures_of_the_results():
     rows = json.loads((RESULTS / "accuracy.json").read_text())["rows"]
+    rows += json.loads((RESULTS / "columns_per_scale.json").read_text())["all_windows"]["rows"]
     known = {perplexity(score["value"]) for row in rows for score in row["perplexity"].values()}
     section = (ROOT / "README.md").read_text().split("## Result\n")[1].split("\n## ")[0]
     table = "".join(line for line in section.splitlines() if line.startswith("|"))
     shown = re.findall(r"\b\d{2,}\.\d\d\b", table)  # × and bits per weight have one digit before the point
-    assert len(shown) == 10 and set(shown) <= known
+    assert len(shown) == 13 and set(shown) <= known
 
 
 def test_kernel_figures():

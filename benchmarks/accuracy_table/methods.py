@@ -83,12 +83,12 @@ ROWS = [
     Row("Hadamard + GPTQ, full width (our implementation)", CALIBRATE, f"{_GPTQ} hadamard --rotation-block full"),
     Row("Hadamard + GPTQ, blocks of 64 (our implementation)", CALIBRATE, f"{_GPTQ} hadamard --rotation-block 64"),
     # what learned angles gain: `fast` without, `best` with them
-    Row("Hadamard as `fast`", CALIBRATE, "--recipe fast --rotation hadamard"),
+    Row("Hadamard as `fast`", CALIBRATE, "--recipe fast"),
     Row("butterfly as `best`", CALIBRATE, "--recipe best --rotation butterfly"),
     Row("QuaRot: random Hadamard of the stream + GPTQ (our implementation)", SPINQUANT, "--steps 0"),
     Row("SpinQuant-style: learned rotation of the stream + GPTQ (our implementation)", SPINQUANT, ""),
     Row("butterfly `paper`", CALIBRATE, "--recipe paper"),
-    Row("butterfly `fast`", CALIBRATE, "--recipe fast"),
+    Row("butterfly `fast`", CALIBRATE, "--recipe fast --rotation butterfly"),
     Row("`best`: Hadamard in blocks of 64", CALIBRATE, "--recipe best"),
     Row("`best` at 2.3 bits, all counted", CALIBRATE, "--recipe best --target-bpw 2.3"),
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,13 +139,14 @@ def train_end_to_end(
 
     stages = [workspace.json("rounded", rounded, together=True)]
     saved = workspace.path / "train.state", workspace.path / STABLE
-    curve = Curve(workspace.path / CURVE if parallel.is_first() else None)
+    before = stages[0].get("held_out_divergence", math.inf)
+    curve = Curve(workspace.path / CURVE if parallel.is_first() else None, before=before)
     report = workspace.step(
         "train/model", lambda: train_model(source, config, recipe, packed, text, teacher, plan, saved, curve, progress)
     )
     if parallel.is_first():
         shutil.rmtree(saved[0], ignore_errors=True)
-    before, after = (stage.get("held_out_divergence", 0.0) for stage in (stages[0], report))
+    after = report.get("held_out_divergence", 0.0)
     if after > before:
         facts = before, after, TOO_FAST
         logger.warning("end-to-end training has made the model worse: held-out KL %.3g before, %.3g now; %s", *facts)
@@ -174,9 +176,8 @@ def _measured(
 ) -> float:
     """The divergence on held-out text; a warning where it has been lower."""
     found = held_out(student, text, teacher, plan.micro_batch)
-    lowest = min((before for _, before in curve.held_out), default=found)
-    if found > RISE * lowest:
-        logger.warning("held-out KL has risen from %.3g to %.3g; if it stays: %s", lowest, found, TOO_FAST)
+    if found > RISE * curve.lowest():
+        logger.warning("held-out KL has risen from %.3g to %.3g; if it stays: %s", curve.lowest(), found, TOO_FAST)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +32,13 @@ class Curve:
         file: jsonl file with a line per step, to look at while the training runs; None for none.
         losses: of the steps so far, but for those that are still on the device.
         held_out: step and divergence in nats per token.
+        before: divergence before the first step; infinite where it is not known.
     """
 
     file: Path | None = None
     losses: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    before: float = math.inf
     _pending: list[torch.Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -60,6 +63,10 @@ class Curve:
         self.flush()
         self.held_out.append((len(self), divergence))
         self._write([{"step": len(self), "held_out_divergence": divergence}])
+
+    def lowest(self) -> float:
+        """The lowest divergence on held-out text so far."""
+        return min([self.before, *(value for _, value in self.held_out)])
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what `state` gave, also in the file."""

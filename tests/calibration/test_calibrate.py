@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .conftest import CONFIGS, make_model
 
-SMALL = dict(group_size=32, rotation_block=32, samples=4, seqlen=32, steps=3)
+SMALL = dict(group_size=32, rotation="butterfly", rotation_block=32, samples=4, seqlen=32, steps=3)
 
 
 def run(model: Path, out: Path, text: Path, recipe="fast", **settings) -> Path:

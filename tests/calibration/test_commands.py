@@ -27,7 +27,7 @@ from . import foreign
 from .conftest import make_model
 from .test_calibrate import run
 
-SMALL = {"group_size": 32, "rotation_block": 32, "samples": 4, "seqlen": 32, "steps": 3}
+SMALL = {"group_size": 32, "rotation": "butterfly", "rotation_block": 32, "samples": 4, "seqlen": 32, "steps": 3}
 COMMANDS = ("calibrate", "convert", "evaluate", "inspect")
 
 

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from .conftest import make_model, make_text
 
-SMALL = dict(group_size=32, rotation_block=32, samples=2, seqlen=16, steps=1)
+SMALL = dict(group_size=32, rotation="butterfly", rotation_block=32, samples=2, seqlen=16, steps=1)
 OTHERS = (
     None,
     True,

@@ -23,7 +23,16 @@ DRIFT = 1e-2  # of losses some steps later: Adam divides a gradient near zero by
 RUN = ("recipe", "compute_dtype")  # not settings of a recipe
 SMALL = dict(
     recipe="fast",
-    **dict(group_size=32, rotation_block=32, samples=8, train_samples=8, held_out=3, seqlen=32, steps=3),
+    **dict(
+        group_size=32,
+        rotation="butterfly",
+        rotation_block=32,
+        samples=8,
+        train_samples=8,
+        held_out=3,
+        seqlen=32,
+        steps=3,
+    ),
     **dict(train_tokens=6 * 128, tokens_per_step=128, compute_dtype="float32"),
 )
 CODES = dict(train_codes=True, code_lr=0.015)  # codes begin to move in the last steps
@@ -152,7 +161,7 @@ def test_samples_are_divided(monkeypatch):
 def test_plan_of_several_processes(model, monkeypatch):
     """Codes, gradients and moments are divided; samples that cannot be are refused."""
     source = SourceModel(str(model), torch.device("cpu"))
-    recipe = make_recipe("fast", dict(tokens_per_step=16 * 2048, train_codes=True, train_tokens=10**6))
+    recipe = make_recipe("fast", dict(group_size=32, tokens_per_step=16 * 2048, train_codes=True, train_tokens=10**6))
     needed = {}
     for size in (1, 2, 4):
         monkeypatch.setattr(parallel, "size", lambda size=size: size)

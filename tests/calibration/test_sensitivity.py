@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from .conftest import make_model
 
-SMALL = dict(group_size=32, rotation_block=32, samples=8, seqlen=32, steps=2)
+SMALL = dict(group_size=32, rotation="butterfly", rotation_block=32, samples=8, seqlen=32, steps=2)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # a tied head and one of its own

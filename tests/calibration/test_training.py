@@ -42,7 +42,9 @@ from .conftest import CONFIGS, make_model
 CPU = torch.device("cpu")
 SCALES = dict(train_tokens=25 * 256, tokens_per_step=256)  # a step takes all eight samples of SMALL
 CODES = SCALES | dict(train_codes=True)
-SMALL = dict(group_size=32, rotation_block=32, samples=8, train_samples=8, held_out=2, seqlen=32, steps=3)
+SMALL = dict(
+    group_size=32, rotation="butterfly", rotation_block=32, samples=8, train_samples=8, held_out=2, seqlen=32, steps=3
+)
 
 
 def run(model: Path, out: Path, text: Path, resume=False, **settings) -> Path:
