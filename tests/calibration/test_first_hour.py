@@ -26,7 +26,7 @@ from .conftest import make_model, make_text
 from .test_calibrate import run
 
 FLAGS = ["--group-size", "32", "--rotation-block", "32", "--samples", "4", "--seqlen", "32", "--steps", "3"]
-FLAGS += ["--no-plots"]
+FLAGS += ["--no-plots", "--rotation", "butterfly"]
 CPU = torch.device("cpu")
 
 
