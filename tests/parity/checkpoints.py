@@ -21,8 +21,8 @@ WIDTHS = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4, num
 MIXTURE = dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 128)
 LATENT = dict(q_lora_rank=128, num_key_value_heads=4)  # of multi-head latent attention
 ROTATIONS = {
-    "blocks of 64": dict(rotation_block=64, init="random"),
-    "full width": dict(rotation_block=None, init="random"),
+    "blocks of 64": dict(rotation="butterfly", rotation_block=64, init="random"),
+    "full width": dict(rotation="butterfly", rotation_block=None, init="random"),
     "Hadamard, blocks of 64": dict(rotation="hadamard", rotation_block=64),
     "none": dict(rotation="none"),
 }
