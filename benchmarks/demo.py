@@ -107,11 +107,10 @@ def run_step(log: Path, *command: object, bars: bool = False) -> None:
     """
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "VLLM_LOGGING_LEVEL": "WARNING"}
     quiet |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    cache = {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB; vLLM's own choice may be more than is free
     with open(log, "a") as file:
         streams = {"stdout": file} | ({} if bars else {"stderr": file})
         call = [str(part) for part in command]
-        code = subprocess.run(call, check=False, env=cache | os.environ | quiet, **streams).returncode
+        code = subprocess.run(call, check=False, env=os.environ | quiet, **streams).returncode
     if code:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
         sys.exit("\n".join([*last, f"{Path(call[0]).name} failed ({code}); all that it printed is in {log}"]))
@@ -132,6 +131,7 @@ def run(
 
     if bits not in WAYS:
         sys.exit(f"--bits {bits}: expected one of {', '.join(WAYS)}")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; vLLM's own choice may be more than is free
     console = Console(width=110)
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)

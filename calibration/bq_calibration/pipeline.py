@@ -23,7 +23,7 @@ from .files import warn_of_large_files
 from .logs import log_to
 from .model import SourceModel
 from .model_card import write_model_card
-from .quant_config import embedding_bits, quant_config
+from .quant_config import embedding_bits, quant_config, shard_widths
 from .quantize_blocks import BLOCKS, quantize_blocks
 from .quantize_embeddings import quantize_embeddings
 from .recipes import TRAINED_GROUP, USUAL_GROUP, Recipe
@@ -228,8 +228,7 @@ class Calibration:
         widths = {group: block.in_features(group) for block, _ in self.source.kinds for group in block.groups}
         if recipe.group_size is not None:
             return recipe, self._format(recipe, widths)
-        parts = {width // recipe.tensor_parallel if group.row_parallel else width for group, width in widths.items()}
-        common = math.gcd(*parts)
+        common = math.gcd(*shard_widths(recipe, widths).values())
         usual = dataclasses.replace(recipe, group_size=math.gcd(USUAL_GROUP, common))
         config = self._format(usual, widths)
         if recipe.bits == max(BITS) or any(group.experts for group in widths):

@@ -189,15 +189,9 @@ def _stored_bytes(config: QuantConfig, name: str, rows: int, columns: int) -> di
     return {suffix: math.prod(spec.shape) * spec.dtype.itemsize for suffix, spec in specs}
 
 
-def _states(source: SourceModel, recipe: Recipe) -> int:
-    """Bytes of the hidden states of all samples."""
-    return recipe.windows * recipe.seqlen * source.text_config.hidden_size * source.dtype.itemsize
-
-
-def _sensitivity_states(source: SourceModel, recipe: Recipe) -> int:
-    """Bytes of the hidden states in front of every decoder layer, from which sensitivities are computed backwards."""
-    tokens = SENSITIVITY_SAMPLES * recipe.seqlen // recipe.parts
-    return (source.num_blocks + 1) * tokens * source.text_config.hidden_size * source.dtype.itemsize
+def _states(source: SourceModel, tokens: int) -> int:
+    """Bytes of the hidden states of so many tokens."""
+    return tokens * source.text_config.hidden_size * source.dtype.itemsize
 
 
 def _disk(
@@ -222,8 +216,7 @@ def _disk(
         moments = 5 if recipe.optimizer_bits == 8 else 12  # value and moments, per parameter
         files = 2 + (recipe.schedule == "wsd")  # while a file is replaced it is there twice
         text = recipe.text_samples * recipe.seqlen
-        states = text * source.text_config.hidden_size * source.dtype.itemsize
-        needed += min(states, MOST_STATES) + 4 * text + packed + files * moments * trained
+        needed += min(_states(source, text), MOST_STATES) + 4 * text + packed + files * moments * trained
     return needed
 
 
@@ -236,9 +229,11 @@ def _memory(source: SourceModel, recipe: Recipe, budget: int) -> int:
         UserError: if it is more than the budget.
     """
     corrects = bool(recipe.correction)
-    states = _states(source, recipe) * (1 + bool(recipe.block_tokens or corrects) + corrects) // parallel.size()
-    if recipe.target_bpw is not None:
-        states = max(states, _sensitivity_states(source, recipe))
+    states = _states(source, recipe.windows * recipe.seqlen)
+    states = states * (1 + bool(recipe.block_tokens or corrects) + corrects) // parallel.size()
+    if recipe.target_bpw is not None:  # sensitivities: in front of every decoder layer, and behind the last
+        of_samples = _states(source, SENSITIVITY_SAMPLES * recipe.seqlen // recipe.parts)
+        states = max(states, (source.num_blocks + 1) * of_samples)
 
     def needed(on_demand: bool) -> int:
         layers = (_layer_memory(block, recipe, source.dtype.itemsize, on_demand) for block, _ in source.kinds)
@@ -285,7 +280,7 @@ def _routed(block: Block, recipe: Recipe, item: int) -> int:
 def _embedding_memory(source: SourceModel, recipe: Recipe, embeddings: dict[str, tuple[int, int]]) -> int:
     """The weight in float32, its codes, and copies of the rows that are rounded at a time."""
     rounding = [6 * rows * columns + 40 * columns * (columns + ROWS) for rows, columns in embeddings.values()]
-    return PROCESS + max(rounding, default=0) + _states(source, recipe) // parallel.size()
+    return PROCESS + max(rounding, default=0) + _states(source, recipe.windows * recipe.seqlen) // parallel.size()
 
 
 def _operations(source: SourceModel, block: Block, recipe: Recipe) -> float:

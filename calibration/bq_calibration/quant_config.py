@@ -31,6 +31,16 @@ def embedding_bits(recipe: Recipe, names: tuple[str, ...], model: str) -> dict[s
     return {name: value for name, value in bits.items() if value != UNPACKED}
 
 
+def shard_widths(recipe: Recipe, widths: dict[InputGroup, int]) -> dict[InputGroup, int]:
+    """Input features of every group of layers on one of `tensor_parallel` GPUs.
+
+    Args:
+        recipe: settings of the run.
+        widths: input features of every group.
+    """
+    return {group: width // recipe.tensor_parallel if group.row_parallel else width for group, width in widths.items()}
+
+
 def quant_config(
     recipe: Recipe, widths: dict[InputGroup, int], embeddings: dict[str, int], vocabulary: int
 ) -> QuantConfig:
@@ -46,9 +56,7 @@ def quant_config(
         UserError: if a group or a rotation block does not divide a width, or a tensor-parallel shard of one.
     """
     table: dict[str, int] = {}
-    shards = {
-        group: width // recipe.tensor_parallel if group.row_parallel else width for group, width in widths.items()
-    }
+    shards = shard_widths(recipe, widths)
     for group, width in widths.items():
         if group.row_parallel and width % recipe.tensor_parallel:
             raise UserError(

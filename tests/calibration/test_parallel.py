@@ -23,16 +23,8 @@ DRIFT = 1e-2  # of losses some steps later: Adam divides a gradient near zero by
 RUN = ("recipe", "compute_dtype")  # not settings of a recipe
 SMALL = dict(
     recipe="fast",
-    **dict(
-        group_size=32,
-        rotation="butterfly",
-        rotation_block=32,
-        samples=8,
-        train_samples=8,
-        held_out=3,
-        seqlen=32,
-        steps=3,
-    ),
+    **dict(group_size=32, rotation="butterfly", rotation_block=32, steps=3),
+    **dict(samples=8, train_samples=8, held_out=3, seqlen=32),
     **dict(train_tokens=6 * 128, tokens_per_step=128, compute_dtype="float32"),
 )
 CODES = dict(train_codes=True, code_lr=0.015)  # codes begin to move in the last steps
